@@ -10,9 +10,8 @@
                  |          (look at the past)           |   |    (think about what was seen)  |
                  +---------------------------------------+   +---------------------------------+
 
-Read it from top to bottom: nothing runs before it is explained. Every shape stands at the line that
-makes it: B sequences in a batch, T positions, C channels (n_embd), nh heads of hs channels each, V
-tokens in the vocabulary. The notes/ folder says it in words, gpt_walkthrough.ipynb in plots.
+Nothing runs before it is explained. Shapes stand at the lines that make them: B sequences in a batch,
+T positions, C channels (n_embd), nh heads of hs channels each, V tokens in the vocabulary.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -30,9 +29,8 @@ import time
 import urllib.request
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -55,7 +53,7 @@ def explain(sentence, *errors):
         raise UserError(f"{sentence} ({' '.join(str(error).split()) or repr(error)})") from error
 
 
-def option(default, help, *choices, low=None, high=math.inf):
+def option(default, help, *choices, low=0, high=math.inf):
     """A dataclass field that is a command-line flag too: default, help and limits, stated once."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
 
@@ -64,13 +62,13 @@ class Options:
     def __post_init__(self):
         """Check every value, whether a flag, a checkpoint or a notebook gave it."""
         for f in fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            good = isinstance(value, f.type | int if f.type is float else f.type)
-            if good and value is not None and rule.get("low") is not None:
-                good = rule["low"] <= value <= rule["high"]
-            if not good or rule.get("choices") and value not in rule["choices"]:
-                limits = rule.get("choices") or f"from {rule.get('low')} to {rule.get('high')}"
-                raise UserError(f"--{f.name} can't be {value!r}: it takes {f.type} {limits}.")
+            value, rule = getattr(self, f.name), f.metadata or option(0, "").metadata
+            good = value in rule["choices"] if rule["choices"] else True
+            if f.type in (int, float):
+                good = type(value) in (int, f.type) and rule["low"] <= value <= rule["high"]
+            if not good or f.type in (str, bool) and type(value) is not f.type:
+                raise UserError(f"--{f.name} can't be {value!r}: it takes a {f.type.__name__} of "
+                                f"{rule['choices'] or (rule['low'], rule['high'])}.")
 
 
 @dataclass
@@ -81,20 +79,19 @@ class GPTConfig(Options):
     n_head: int = option(6, "attention heads in each block", low=1)
     n_embd: int = option(384, "channels of every position", low=1)
     block_size: int = option(256, "context: how many tokens the model can look back over", low=1)
-    dropout: float = option(0.0, "share of activations zeroed while training", low=0, high=0.99)
+    dropout: float = option(0.0, "share of activations zeroed while training", high=0.99)
     bias: bool = option(False, "biases in linear layers and norms, as in GPT-2")
-    tie_weights: bool = option(True, "one matrix for reading tokens and for predicting them")
+    tie_weights: bool = option(False, "one matrix for reading tokens and for predicting them")
     positions: str = option("rotary", "how positions are told apart", "rotary", "learned")
     qk_norm: bool = option(True, "normalise queries and keys")
-    activation: str = option("gelu", "in the feed-forward layers", "gelu", "relu")
+    activation: str = option("relu2", "in the feed-forward layers", "gelu", "relu", "relu2")
     attention: str = option("fused", "PyTorch's kernel, or Head by Head", "fused", "explicit")
     vocab_size: int = 65  # no flag: it comes from the tokenizer
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_embd % (2 * self.n_head):
-            raise UserError(f"--n_embd {self.n_embd} must be --n_head {self.n_head} times an even "
-                            "size, since rotary positions turn channels in pairs.")
+        if self.n_embd % (2 * self.n_head):  # rotary positions turn channels in pairs
+            raise UserError(f"--n_embd {self.n_embd} must be --n_head {self.n_head} times an even number.")
 
 
 @dataclass
@@ -104,26 +101,25 @@ class TrainConfig(Options):
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint to write, or to sample from")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the arithmetic", "auto", "fp32", "bf16", "fp16")
-    seed: int = option(1337, "the same seed, the same result", low=0, high=2**40)
-    preset: str = option("auto", "sizes for a machine or a purpose",
-                         "auto", "cpu", "laptop", "gpu", "lecture", "gpt2")
+    seed: int = option(1337, "the same seed, the same result; -1 in sampling: random", low=-1)
+    preset: str = option("auto", "sizes: auto, cpu, laptop, gpu, lecture, gpt2")
     data: str = option("input.txt", "text, folder of .txt or of train.bin + val.bin, 'shakespeare'")
     tokenizer: str = option("char", "char, gpt2, or a folder with vocab.json and merges.txt")
-    init_from: str | None = option(None, "fine-tune this checkpoint, 'gpt2', or GPT-2 folder")
+    init_from: str = option("", "fine-tune this checkpoint, 'gpt2', or GPT-2 folder")
     resume: bool = option(False, "go on where the run of --ckpt stopped")
     max_iters: int = option(2000, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences in one forward pass of one process", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step", low=1)
     optimizer: str = option("muon", "muon: AdamW for all but the blocks' matrices", "muon", "adamw")
-    learning_rate: float = option(3e-3, "AdamW's highest learning rate", low=0)
-    muon_learning_rate: float = option(0.02, "Muon's highest learning rate", low=0)
-    weight_decay: float = option(0.1, "pull of the matrices towards zero", low=0)
-    warmup_iters: int = option(0, "steps over which the learning rate rises", low=0)
+    learning_rate: float = option(3e-3, "AdamW's highest learning rate")
+    muon_learning_rate: float = option(0.01, "Muon's highest learning rate")
+    weight_decay: float = option(0.1, "pull of the matrices towards zero")
+    warmup_iters: int = option(0, "steps over which the learning rate rises")
     schedule: str = option("linear", "how it falls", "linear", "cosine", "constant")
     eval_interval: int = option(250, "steps between evaluations, each of which saves", low=1)
     eval_tokens: int = option(131_072, "tokens of the validation split to read, at most", low=1)
     compile: bool = option(False, "torch.compile: slow to start, then faster on a GPU")
-    wandb: str | None = option(None, "Weights & Biases project to log to")
+    wandb: str = option("", "Weights & Biases project to log to")
 
 
 @dataclass
@@ -132,30 +128,32 @@ class SampleConfig(Options):
 
     ckpt: str = TrainConfig.ckpt
     device: str = TrainConfig.device
-    seed: int | None = option(None, "random unless given", low=0)
-    prompt: str | None = option(None, "text to go on from")
-    prompt_file: str | None = option(None, "file with the text to go on from")
+    seed: int = option(-1, "", low=-1)
+    prompt: str = option("", "text to go on from")
+    prompt_file: str = option("", "file with the text to go on from")
     interactive: bool = option(False, "type prompts, read continuations, until Ctrl-D")
-    max_new_tokens: int = option(500, "tokens to write", low=0)
-    temperature: float = option(0.8, "0: always the likeliest token; higher: bolder", low=0)
-    top_k: int | None = option(None, "choose among the k likeliest tokens", low=1)
-    top_p: float = option(0.95, "choose among the likeliest that reach p together", low=0, high=1)
+    max_new_tokens: int = option(500, "tokens to write")
+    temperature: float = option(0.8, "0: always the likeliest token; higher: bolder")
+    top_k: int = option(0, "choose among the k likeliest tokens; 0: among all")
+    top_p: float = option(0.95, "choose among the likeliest that reach p together", high=1)
     repetition_penalty: float = option(1.0, "above 1: avoid what was written", low=0.01)
     num_samples: int = option(1, "texts to write at once", low=1)
     beams: int = option(1, "look for the likeliest text with so many beams", low=1)
-    stop: str | None = option(None, "end once this text is written")
+    stop: str = option("", "end once this text is written")
 
 
 PRESETS = {  # README.md says how long each takes, and to which loss
-    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=4000),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.15, max_iters=3000),
+    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=2400,
+                learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
+    "laptop": dict(n_head=4, n_embd=256, dropout=0.15, max_iters=3000, attention="explicit"),
     "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
-                    tie_weights=False, optimizer="adamw", learning_rate=3e-4, schedule="constant",
-                    batch_size=64, max_iters=5000, eval_interval=500),  # as in the tutorials
+                    optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
+                    max_iters=5000, eval_interval=500),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, positions="learned", bias=True,
-                 qk_norm=False, tokenizer="gpt2", optimizer="adamw", learning_rate=6e-4,
-                 schedule="cosine", warmup_iters=200, batch_size=8),
+                 activation="gelu", qk_norm=False, tie_weights=True, tokenizer="gpt2",
+                 optimizer="adamw", learning_rate=6e-4, schedule="cosine", warmup_iters=200,
+                 batch_size=8),
 }
 
 
@@ -182,8 +180,8 @@ class CharTokenizer:
     def encode(self, text):
         """Text to an array of ids (len(text),); UserError names characters it doesn't know."""
         if unknown := sorted(set(text) - self.stoi.keys()):
-            raise UserError(f"The model doesn't know {' '.join(map(repr, unknown[:9]))}; its alphabet "
-                            f"is {''.join(self.stoi)!r}.")
+            raise UserError(f"The model knows no {' '.join(map(repr, unknown[:9]))}, its alphabet is "
+                            f"{''.join(self.stoi)!r}.")
         ids_of = np.zeros(sys.maxunicode + 1, self.dtype)  # a table, looked up a million at a time
         ids_of[[ord(s) for s in self.stoi]] = list(self.stoi.values())
         parts = [text[i : i + 2**20].encode("utf-32-le") for i in range(0, len(text) or 1, 2**20)]
@@ -202,29 +200,28 @@ class BPETokenizer(CharTokenizer):
 
     def __init__(self, stoi):
         """In stoi a byte stands as the character of the same number, from 0 to 255."""
-        import tiktoken
+        from tiktoken import Encoding
 
         super().__init__(stoi)
         special = {s: i for s, i in stoi.items() if s == "<|endoftext|>"}
         ranks = {s.encode("latin-1"): i for s, i in stoi.items() if s not in special}
-        self.encoding = tiktoken.Encoding("bpe", pat_str=self.pattern, mergeable_ranks=ranks,
-                                          special_tokens=special)
+        self.encoding = Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
 
     @classmethod
     def load(cls, name="gpt2"):
         """'gpt2' through tiktoken's download, or a folder with OpenAI's vocab.json and merges.txt."""
-        with explain(f"No vocabulary in {name}: put GPT-2's vocab.json and merges.txt into a folder "
-                     "and name it with --tokenizer", Exception):
+        with explain(f"No vocabulary in {name}: name a folder with GPT-2's vocab.json and merges.txt",
+                     Exception):
             if not Path(name).is_dir():
-                import tiktoken
+                from tiktoken import get_encoding
 
-                gpt2 = tiktoken.get_encoding(name)
-                return cls({gpt2.decode_single_token_bytes(i).decode("latin-1"): i
-                            for i in range(gpt2.n_vocab)})
+                gpt2 = get_encoding(name)
+                tokens = map(gpt2.decode_single_token_bytes, range(gpt2.n_vocab))
+                return cls({token.decode("latin-1"): i for i, token in enumerate(tokens)})
             stoi = json.loads((Path(name) / "vocab.json").read_text(encoding="utf-8"))
             merges = (Path(name) / "merges.txt").read_text(encoding="utf-8").split("\n")
             order = [stoi[m.replace(" ", "")] for m in merges if m and not m.startswith("#version")]
-            if order != sorted(order):  # the order in which tiktoken merges
+            if order != sorted(order):  # tiktoken merges in the order of the ids
                 raise ValueError("its merges are not in the order of their ids")
             # The file spells the bytes that don't print as the letters from 256 on.
             printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -244,18 +241,17 @@ class Head(nn.Module):
     """One attention head: every position asks the past a question and mixes the answers it gets.
 
     softmax(Q K^T / sqrt(hs) + mask) V: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.
-    It has no parameters: MultiHeadAttention makes the queries, keys and values of all heads at once.
+    It has no parameters; given (B, nh, T, hs) it is all heads of a layer, side by side.
     """
 
     def forward(self, q, k, v):
-        """q (B, T, hs), the last T of S positions; k and v (B, S, hs) -> (B, T, hs), (B, T, S)."""
+        """q (..., T, hs), the last T of S positions; k, v (..., S, hs) -> (..., T, hs), (..., T, S)."""
         # Without the root, scores would grow with hs and the softmax would pick one position only.
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, T, hs) @ (B, hs, S)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (T, hs) @ (hs, S) -> (T, S)
         T, S = scores.shape[-2:]
-        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        scores = scores.masked_fill(~visible, float("-inf"))  # exp(-inf) is 0: nobody sees ahead
-        weights = F.softmax(scores, dim=-1)  # (B, T, S), each row sums to 1
-        return weights @ v, weights  # (B, T, S) @ (B, S, hs) -> (B, T, hs)
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
+        weights = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1)  # exp(-inf) is 0
+        return weights.to(v.dtype) @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
 
 class KVCache:
@@ -298,7 +294,7 @@ class MultiHeadAttention(nn.Module):
             qk = F.layer_norm(qk, qk.shape[-1:])
         if rotation is not None:  # channels i and i + hs/2 turn together
             cos, sin = rotation
-            qk = qk * cos + qk.roll(qk.size(-1) // 2, dims=-1) * sin
+            qk = qk * cos + qk.roll(C // nh // 2, dims=-1) * sin
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(dim=2), v))  # each (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
@@ -306,12 +302,10 @@ class MultiHeadAttention(nn.Module):
             # One query at the end of a cache sees all; is_causal would show it the first key only.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         else:
-            heads = [self.head(q[:, i], k[:, i], v[:, i]) for i in range(nh)]
-            out, weights = (torch.stack(part, dim=1) for part in zip(*heads, strict=True))
+            out, weights = self.head(q, k, v)  # (B, nh, T, hs), (B, nh, T, S)
             if maps is not None:
                 maps.append(weights)
-        out = out.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
-        return self.dropout(self.proj(out))
+        return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))  # heads side by side
 
 
 class FeedForward(nn.Module):
@@ -321,12 +315,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        # GPT-2 was trained with the tanh form of GELU.
-        self.activation = nn.GELU("tanh") if config.activation == "gelu" else nn.ReLU()
-        self.dropout = nn.Dropout(config.dropout)
+        self.activation, self.dropout = config.activation, nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.activation(self.up(x))  # (B, T, C) -> (B, T, 4C)
+        x = self.up(x)  # (B, T, C) -> (B, T, 4C)
+        # GPT-2 was trained with the tanh form of GELU; relu2 is from "Primer" (arXiv 2109.08668).
+        x = F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x)
+        x = x * x if self.activation == "relu2" else x
         return self.dropout(self.down(x))  # (B, T, 4C) -> (B, T, C)
 
 
@@ -348,10 +343,25 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ln_2(x))  # (B, T, C)
 
 
+@contextmanager
+def evaluating(model):
+    """Without dropout for a while, then as it was."""
+    was_training = model.training
+    if was_training:  # going through all modules takes as long as a small model's next token
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
+
+
 # GPT-2 is this model with other numbers: its names for our weights, and those it holds turned round.
 GPT2_NAMES = {"transformer.": "", "wte": "token_embedding", "wpe": "position_embedding",
               "h.": "blocks.", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.proj",
               "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down"}
+GPT2_IS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+           "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
 GPT2_TURNED = ("qkv.weight", "proj.weight", "up.weight", "down.weight")
 
 
@@ -369,11 +379,10 @@ class GPTLanguageModel(nn.Module):
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # GPT-2's start, smaller for what adds up in the stream
-                adds = name.endswith(("proj.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer if adds else 1))
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
+            if name.endswith(("proj.weight", "down.weight", "lm_head.weight", "bias")):
+                nn.init.zeros_(parameter)  # each block starts by adding nothing, the head by guessing
+            elif name.endswith("embedding.weight"):
+                nn.init.normal_(parameter, std=0.02)
         self.tie()
 
     def tie(self):
@@ -416,9 +425,9 @@ class GPTLanguageModel(nn.Module):
         return self.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx and targets (B, T) -> logits (B, T, V), and the loss in nats if there are targets.
+        """idx, targets (B, T) -> logits (B, T, V) and, given targets, the mean loss in nats.
 
-        The loss is the mean of -log(the probability that the model gave to the token that came).
+        The loss at a position is -log(the probability that the model gave to the token that came).
         """
         logits = self.lm_head(self.hidden(idx))  # (B, T, C) -> (B, T, V)
         if targets is None:
@@ -436,15 +445,15 @@ class GPTLanguageModel(nn.Module):
     @classmethod
     def from_state(cls, config, state):
         """The model with these weights, {name: tensor}. UserError where one doesn't fit."""
-        with torch.device("meta"):  # takes no memory: only to compare with
-            model = cls(config)
+        with torch.device("meta"), explain("no such model can be built", Exception):
+            model = cls(config)  # takes no memory: only to compare with
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        for name in shapes.keys() | state.keys():
-            if name not in state or shapes.get(name) != state[name].shape or (
+        for name in sorted(shapes.keys() | state.keys()):
+            if name not in shapes or name not in state or state[name].shape != shapes[name] or (
                     not state[name].isfinite().all()):
                 raise UserError(f"weight {name} should be finite numbers of shape {shapes.get(name)}")
-        state = {name: tensor.float().clone() for name, tensor in state.items()}
-        model.load_state_dict(state, assign=True)
+        model.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()},
+                              assign=True)
         model.tie()  # again: what was loaded are two tensors
         return model
 
@@ -452,8 +461,8 @@ class GPTLanguageModel(nn.Module):
     def from_pretrained(cls, name):
         """OpenAI's GPT-2: 'gpt2', 'gpt2-medium', '-large' or '-xl' from the hub, or a folder."""
         files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
-        with explain(f"{name} can't be opened as GPT-2: put its {', '.join(files)} into a folder and "
-                     "name that folder", Exception):
+        with explain(f"{name} can't be opened as GPT-2: name a folder with its {', '.join(files)}",
+                     Exception):
             from safetensors.torch import load_file
 
             if not Path(name).is_dir():
@@ -461,33 +470,38 @@ class GPTLanguageModel(nn.Module):
 
                 name = snapshot_download(f"openai-community/{name}", allow_patterns=files)
             theirs = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-            if theirs["activation_function"] != "gelu_new":
-                raise ValueError(f"its activation is {theirs['activation_function']}, not gelu_new")
-            config = GPTConfig(n_layer=theirs["n_layer"], n_head=theirs["n_head"], bias=True,
-                               n_embd=theirs["n_embd"], block_size=theirs["n_positions"],
-                               vocab_size=theirs["vocab_size"], positions="learned", qk_norm=False,
-                               tie_weights=theirs.get("tie_word_embeddings", True))
-            state = {key: tensor for key, tensor in load_file(Path(name) / "model.safetensors").items()
-                     if not key.endswith(("attn.bias", "attn.masked_bias"))}  # masks, not weights
-            for openai, ours in GPT2_NAMES.items():
-                state = {key.replace(openai, ours): tensor for key, tensor in state.items()}
+            for key, value in GPT2_IS.items():
+                if theirs.get(key, value) != value:
+                    raise ValueError(f"its {key} is {theirs[key]}, not {value}")
+            config = GPTConfig(
+                n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"], bias=True,
+                block_size=theirs["n_positions"], vocab_size=theirs["vocab_size"], qk_norm=False,
+                positions="learned", activation="gelu",
+                tie_weights=theirs.get("tie_word_embeddings", True))
+            state = {}
+            for key, tensor in load_file(Path(name) / "model.safetensors").items():
+                for openai, ours in GPT2_NAMES.items():
+                    key = key.replace(openai, ours)
+                if not key.endswith(("attn.bias", "attn.masked_bias")):  # masks, not weights
+                    state[key] = tensor.T if key.endswith(GPT2_TURNED) else tensor
             if config.tie_weights:
                 state["lm_head.weight"] = state["token_embedding.weight"]
-            return cls.from_state(config, {key: tensor.T if key.endswith(GPT2_TURNED) else tensor
-                                           for key, tensor in state.items()})
+            return cls.from_state(config, state)
 
     def make_optimizers(self, config):
         """[AdamW], or with Muon (kellerjordan.github.io/posts/muon) for the blocks' matrices, both."""
-        parameters = dict(self.named_parameters())
-        inner = [p for name, p in parameters.items() if name.startswith("blocks.") and p.dim() == 2]
+        named = list(self.named_parameters())
+        inner = [name for name, p in named if name.startswith("blocks.") and p.dim() == 2]
         muon = inner if config.optimizer == "muon" else []
-        rest = [p for p in parameters.values() if all(p is not q for q in muon)]
+        rest = [p for name, p in named if name not in muon]
         # Decay is for matrices: norms and biases have no reason to be small.
         groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
                   {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
-        adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.95), fused=True)
-        return [adamw, torch.optim.Muon(muon, config.muon_learning_rate,
-                                        weight_decay=config.weight_decay)] if muon else [adamw]
+        optimizers = [torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=True)]
+        if muon:
+            optimizers.append(torch.optim.Muon([p for name, p in named if name in muon], momentum=0.9,
+                              lr=config.muon_learning_rate, weight_decay=config.weight_decay))
+        return optimizers
 
     # ---------------------------------------------------------------------------- 4. generation
     def context(self, idx, tokenizer=None):
@@ -497,40 +511,41 @@ class GPTLanguageModel(nn.Module):
         newline = tokenizer.stoi.get("\n", 0) if tokenizer else 0
         return idx if idx.size(1) else idx.new_full((len(idx), 1), newline)
 
-    def next_logits(self, tokens, cache):
+    def next_logits(self, tokens, cache, tokenizer=None):
         """Scores (B, V) for what follows tokens (B, t), reading only what the cache lacks."""
         room = self.config.block_size
         count = 1 if cache.length else room
         if cache.length == room and self.config.positions == "learned":
             cache.length, count = 0, max(1, room // 2)  # no position is left: start on a half
-        return self.lm_head(self.hidden(tokens[:, -count:], cache)[:, -1]).float()
+        with evaluating(self):
+            logits = self.lm_head(self.hidden(tokens[:, -count:], cache)[:, -1]).float()
+        if tokenizer:  # a model may have spare ids that stand for nothing
+            logits[:, tokenizer.vocab_size :] = float("-inf")
+        return logits
 
     @torch.inference_mode()
     def stream(self, idx, how, tokenizer=None):
         """Yield the next token of each row, (B,), until done; how: a SampleConfig."""
         tokens = self.context(idx, tokenizer)  # (B, T)
         rng = torch.Generator(tokens.device)  # its own: a seed gives the same whatever ran before
-        rng.manual_seed(rng.seed() if how.seed is None else how.seed)
+        rng.manual_seed(how.seed) if how.seed >= 0 else rng.seed()
         cache, penalty = KVCache(self, len(tokens)), how.repetition_penalty
         seen = F.one_hot(tokens, self.config.vocab_size).any(dim=1)  # (B, V)
-        stopped = np.zeros(len(tokens), bool)
-        with evaluating(self):
-            for step in range(1, how.max_new_tokens + 1):
-                logits = self.next_logits(tokens, cache)  # (B, V)
-                if tokenizer:  # a model may have spare ids that stand for nothing
-                    logits[:, tokenizer.vocab_size :] = float("-inf")
-                if penalty != 1:  # CTRL, arXiv 1909.05858: less likely, whatever the sign
-                    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
-                    logits = torch.where(seen, lower, logits)
-                new = choose(logits, how, rng)  # (B, 1)
-                tokens = torch.cat((tokens, new), dim=1)[:, -self.config.block_size :]
-                seen.scatter_(1, new, True)
-                yield new[:, 0]
-                if how.stop:  # a token is at least a byte long: the text's end will do
-                    ends = tokens[:, -min(step, len(how.stop.encode())) :]
-                    stopped |= [how.stop in tokenizer.decode(end) for end in ends]
-                    if stopped.all():
-                        return
+        reach = len(how.stop.encode())  # tokens to look for `stop` in: each is a byte or more
+        stopped, keep = np.zeros(len(tokens), bool), max(self.config.block_size, reach)
+        for step in range(1, how.max_new_tokens + 1):
+            logits = self.next_logits(tokens, cache, tokenizer)  # (B, V)
+            if penalty != 1:  # CTRL, arXiv 1909.05858: less likely, whatever the sign
+                lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+                logits = torch.where(seen, lower, logits)
+            new = torch.multinomial(probabilities(logits, how), 1, generator=rng)  # (B, 1)
+            tokens = torch.cat((tokens, new), dim=1)[:, -keep:]
+            seen.scatter_(1, new, True)
+            yield new[:, 0]
+            if how.stop:
+                stopped |= [how.stop in tokenizer.decode(t) for t in tokens[:, -min(step, reach) :]]
+                if stopped.all():
+                    return
 
     def generate(self, idx, max_new_tokens=500, tokenizer=None, **how):
         """Continue idx, (B, T) or (T,), with SampleConfig's options -> (B, T + n).
@@ -538,109 +553,107 @@ class GPTLanguageModel(nn.Module):
         n is below max_new_tokens only if every row has written `stop`, which needs the tokenizer.
         """
         how = SampleConfig(max_new_tokens=max_new_tokens, **how)
+        if how.stop and not tokenizer:
+            raise ValueError("To find `stop` in the text, generate needs the tokenizer.")
         if how.beams > 1:
-            return self.beam_search(idx, max_new_tokens, how.beams)
+            return self.beam_search(idx, max_new_tokens, how.beams, tokenizer)
         new = [token[:, None] for token in self.stream(idx, how, tokenizer)]
         return torch.cat([self.context(idx, tokenizer), *new], dim=1)
 
-    @torch.inference_mode()
-    def beam_search(self, idx, max_new_tokens, beams):
+    @torch.no_grad()
+    def beam_search(self, idx, max_new_tokens, beams, tokenizer=None):
         """The likeliest continuation that keeping `beams` candidates at each step finds, (B, T + n)."""
-        tokens = self.context(idx).repeat_interleave(beams, dim=0)  # (B * beams, T)
+        tokens = self.context(idx, tokenizer).repeat_interleave(beams, dim=0)  # (B * beams, T)
         cache, V = KVCache(self, len(tokens)), self.config.vocab_size
         first = torch.arange(0, len(tokens), beams, device=tokens.device)[:, None]  # (B, 1)
         scores = torch.full((len(first), beams), float("-inf"), device=tokens.device)
         scores[:, 0] = 0.0  # the beams are still alike: only the first may have successors
-        with evaluating(self):
-            for _ in range(max_new_tokens):
-                log_probs = F.log_softmax(self.next_logits(tokens, cache), dim=-1)  # (B * beams, V)
-                totals = scores[:, :, None] + log_probs.view(-1, beams, V)  # (B, beams, V)
-                scores, best = totals.flatten(1).topk(beams)  # (B, beams)
-                rows = (first + best // V).flatten()  # the beams that go on
-                tokens = torch.cat((tokens[rows], best.view(-1, 1) % V), dim=1)
-                cache.store = cache.store[:, :, rows]
+        for _ in range(max_new_tokens):
+            log_probs = self.next_logits(tokens, cache, tokenizer).log_softmax(dim=-1)
+            totals = scores[:, :, None] + log_probs.view(-1, beams, V)  # (B, beams, V)
+            scores, best = totals.flatten(1).topk(beams)  # (B, beams)
+            rows = (first + best // V).flatten()  # the beams that go on
+            tokens = torch.cat((tokens[rows], best.view(-1, 1) % V), dim=1)
+            cache.store = cache.store[:, :, rows]
         return tokens[::beams]
 
 
-def choose(logits, how, rng):
-    """Draw one token (B, 1) from logits (B, V): the likeliest at temperature 0, else by chance.
+def probabilities(logits, how):
+    """Logits (B, V) -> what to draw by (B, V), after how's temperature, top_k and top_p.
 
     top_p keeps the smallest set of tokens that reaches p (nucleus sampling, arXiv 1904.09751).
     """
-    logits = logits - logits.amax(dim=-1, keepdim=True)
-    logits = logits / max(how.temperature, 1e-6)  # at 0 all but the likeliest become -inf
-    if how.top_k and how.top_k < logits.size(-1):
-        least = logits.topk(how.top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, float("-inf"))
+    if how.temperature < 1e-5:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    logits = logits / how.temperature
+    if 0 < how.top_k < logits.size(-1):
+        values, kept = logits.topk(how.top_k)
+        logits = torch.full_like(logits, float("-inf")).scatter(1, kept, values)
     probs = F.softmax(logits, dim=-1)
     if how.top_p < 1:
         ordered, order = probs.sort(dim=-1, descending=True)
         ordered[:, 1:] *= ordered.cumsum(dim=-1)[:, :-1] < how.top_p  # while those before fall short
         probs = probs.scatter(1, order, ordered)
-    return torch.multinomial(probs, 1, generator=rng)
-
-
-@contextmanager
-def evaluating(model):
-    """Without dropout, and afterwards as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    return probs / probs.sum(dim=-1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------------------- 5. data
 HERE = Path(__file__).resolve().parent
-SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def find_text(name):
     """Where the text is: as named, else beside gpt.py; 'shakespeare' is downloaded here, once."""
-    if name != "shakespeare" or Path(name).exists():
-        return Path(name) if Path(name).exists() else HERE / name
-    path = Path("tinyshakespeare.txt")
-    if not path.exists():
-        with explain(f"No download: get {SHAKESPEARE} another way and name it with --data", Exception):
-            content = urllib.request.urlopen(SHAKESPEARE, timeout=30).read()
-            if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
-                raise ValueError("what came is another file")
-        write_atomically(path, lambda file: file.write(content))
+    path = Path(name) if Path(name).exists() else HERE / name
+    if name == "shakespeare" and not path.exists():
+        path = Path("tinyshakespeare.txt")
+        if not path.exists():
+            with explain(f"Not downloaded: get {SHAKESPEARE} some other way for --data", Exception):
+                content = urllib.request.urlopen(SHAKESPEARE, timeout=30).read()
+                if hashlib.sha256(content).hexdigest() != SHAKESPEARE_SHA256:
+                    raise ValueError("what came is another file")
+            write_atomically(path, lambda file: file.write(content))
     return path
 
 
 def load_data(name, tokenizer):
-    """Returns the tokenizer, the ids to train on, those to validate with (the last tenth), and a line.
+    """Returns tokenizer, ids to train on, ids to validate with (the last tenth), and a line on them.
 
     tokenizer: one to go on with, whose alphabet may grow, or the name of a new one. nanoGPT's
     train.bin and val.bin (GPT-2's ids in 16 bits) stay on disk and are read as needed.
     """
-    path, known = find_text(name), {}
-    if isinstance(tokenizer, str) and (tokenizer != "char" or (path / "train.bin").exists()):
+    path = find_text(name)
+    binary = (path / "train.bin").exists()
+    if isinstance(tokenizer, str) and (binary or tokenizer != "char"):
         tokenizer = BPETokenizer.load("gpt2" if tokenizer == "char" else tokenizer)
-    if (path / "train.bin").exists():
-        train, val = (np.memmap(path / file, np.uint16, "r") for file in ("train.bin", "val.bin"))
-        return tokenizer, train, val, f"{path}: {len(train) + len(val):,} tokens"
+    if binary:
+        with explain(f"{path} must hold GPT-2's ids as train.bin and val.bin", OSError, ValueError):
+            splits = [np.memmap(path / file, np.uint16, "r") for file in ("train.bin", "val.bin")]
+            parts = [part for ids in splits for part in np.array_split(ids, 1 + len(ids) // 2**24)]
+            if tokenizer.kind == "char" or max(map(np.max, parts)) >= tokenizer.vocab_size:
+                raise ValueError("these ids are not of this tokenizer's vocabulary")
+        return tokenizer, *splits, f"{path}: {sum(map(len, splits)):,} tokens"
     with explain(f"{name} can't be read as UTF-8 text", OSError, UnicodeError):
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         text = "\n".join([file.read_text(encoding="utf-8-sig") for file in files])
     about = f"{path.name}: {len(text):,} characters"
-    if isinstance(tokenizer, str) or tokenizer.kind == "char":
-        known = {} if isinstance(tokenizer, str) else tokenizer.stoi
-        tokenizer = CharTokenizer.from_text(text, known)
-        if new := [s for s in tokenizer.stoi if known and s not in known]:
-            about += f", {sum(map(text.count, new)) / len(text):.2%} new to the model: {''.join(new)!r}"
+    if isinstance(tokenizer, str):
+        tokenizer = CharTokenizer.from_text(text)
+    elif tokenizer.kind == "char":
+        known, tokenizer = tokenizer.stoi, CharTokenizer.from_text(text, tokenizer.stoi)
+        if new := "".join(s for s in tokenizer.stoi if s not in known):
+            about += f", {sum(map(text.count, new)) / len(text):.2%} of them new to the model: {new!r}"
     ids = tokenizer.encode(text)
     split = int(0.9 * len(ids))
     return tokenizer, ids[:split], ids[split:], f"{about}, {len(ids):,} tokens"
 
 
 def get_batch(data, block_size, batch_size, rng=None, device="cpu", starts=None):
-    """Passages x (B, T), and y (B, T), the same one token later: what to predict at each x.
+    """Passages x (B, T) and y (B, T), the same one token later: what to predict at each x.
 
-    They start where a torch.Generator says, or at `starts`.
+    They start where rng, a torch.Generator, chooses, or at `starts`.
     """
     if starts is None:
         starts = torch.randint(len(data) - block_size, (batch_size,), generator=rng).numpy()
@@ -650,16 +663,17 @@ def get_batch(data, block_size, batch_size, rng=None, device="cpu", starts=None)
 
 
 @torch.no_grad()
-def estimate_loss(model, data, batch_size=16, max_tokens=None):
+def estimate_loss(model, data, max_tokens=None):
     """Mean loss over windows of the context that are spread evenly over the data: always the same."""
     T, device = model.config.block_size, model.lm_head.weight.device
-    count = (len(data) - 1) // T  # windows there are; not all are read if max_tokens is less
+    count = (len(data) - 1) // T  # windows there are; with max_tokens not all are read
     starts = np.linspace(0, count - 1, min(count, (max_tokens or len(data)) // T + 1)).astype(int) * T
     if dist.is_initialized():  # the processes share the work
         starts = starts[dist.get_rank() :: dist.get_world_size()]
-    total = torch.zeros(2, device=device)  # sum of losses, number of windows
+    total, size = torch.zeros(2, device=device), max(1, 4096 // T)  # losses, windows; windows a pass
     with evaluating(model):
-        for part in np.split(starts, range(batch_size, len(starts), batch_size)):
+        for i in range(0, len(starts), size):
+            part = starts[i : i + size]
             loss = model(*get_batch(data, T, len(part), device=device, starts=part))[1]
             total += torch.stack((loss, torch.ones_like(loss))) * len(part)
     average_over_processes(total)
@@ -668,16 +682,15 @@ def estimate_loss(model, data, batch_size=16, max_tokens=None):
 
 # --------------------------------------------------------------------------------- 6. checkpoints
 def write_atomically(path, write):
-    """Write beside path, then rename: whatever happens, path holds all of the old or all of the new."""
+    """Write beside path, then rename: at any moment path holds all of the old or all of the new."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with explain(f"{path} can't be written, and what was there is unharmed: make room, or choose "
-                     "another --ckpt", OSError, RuntimeError):
-            with open(beside, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
+        with explain(f"{path} can't be written (what was there is unharmed): make room, or choose "
+                     "another --ckpt", OSError, RuntimeError), open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -691,12 +704,11 @@ def save_checkpoint(path, model, tokenizer, **more):
 
 
 def load_checkpoint(path, device="cpu"):
-    """Returns model, tokenizer, and the rest of what was saved. The file is data: it can't run code.
+    """Returns model, tokenizer, and the rest of what was saved; the file can't run any code.
 
-    UserError if the file is missing, damaged, foreign, or of a newer format.
+    UserError if it is missing, damaged, foreign, or of a newer format.
     """
-    with explain(f"{path} can't be used as a checkpoint: name another with --ckpt, or train one",
-                 Exception):
+    with explain(f"{path} can't be used as a checkpoint: name another --ckpt, or train one", Exception):
         with zipfile.ZipFile(path) as archive:  # torch.load doesn't compare the checksums
             if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
                 raise ValueError("its checksums don't match")
@@ -708,7 +720,8 @@ def load_checkpoint(path, device="cpu"):
         config = GPTConfig(**content.pop("hyperparameters"))
         kinds = {"char": CharTokenizer, "bpe": BPETokenizer}
         tokenizer = kinds[content.pop("tokenizer", "char")](content.pop("stoi"))
-        if config.n_layer > len(state) or config.vocab_size < tokenizer.vocab_size:
+        if config.n_layer > len(state) or config.vocab_size < tokenizer.vocab_size or any(
+                t.untyped_storage().nbytes() < t.nbytes for t in state.values()):
             raise ValueError("it has fewer weights than it should")
         return GPTLanguageModel.from_state(config, state).to(device), tokenizer, content
 
@@ -719,6 +732,7 @@ def open_model(name):
     if path.is_dir() or not path.exists() and name.startswith("gpt2"):
         tokenizer = BPETokenizer.load(name if path.is_dir() else "gpt2")
         return GPTLanguageModel.from_pretrained(name), tokenizer, {}
+    print(f"Opening {path}", file=sys.stderr)
     return load_checkpoint(path if path.exists() else name)
 
 
@@ -738,16 +752,19 @@ def choose_device(name):
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else name
     with explain(f"--device {name} is not to be had here", RuntimeError, AssertionError):
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are known")
+        return device
 
 
-def choose_precision(name, device, n_embd):
+def choose_precision(name, device):
     """The type to multiply in: bf16 only where it is in hardware (a T4 emulates it, slowly)."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    elif name == "auto":  # a CPU must have it too, and gains only on matrices that are not small
+    elif name == "auto":
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        name = "bf16" if native and n_embd >= 256 else "fp32"
+        name = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -765,8 +782,8 @@ def write_log(ckpt, history):
     """The losses as a table, NAME.csv, and as a picture, NAME.png."""
     from matplotlib.figure import Figure
 
-    table = "\n".join(",".join(map(str, row)) for row in (history[0], *map(dict.values, history)))
-    write_atomically(ckpt.with_suffix(".csv"), lambda file: file.write(f"{table}\n".encode()))
+    table = "".join(",".join(map(str, row)) + "\n" for row in (history[0], *map(dict.values, history)))
+    write_atomically(ckpt.with_suffix(".csv"), lambda file: file.write(table.encode()))
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     for name in ("train_loss", "val_loss"):
         axes.plot([row["iteration"] for row in history], [row[name] for row in history], label=name)
@@ -790,20 +807,25 @@ def configure(flags, saved):
     preset = (flags | saved).get("preset", "auto")
     if preset == "auto":
         preset = "cpu" if choose_device(flags.get("device", "auto")).type == "cpu" else "gpu"
-    values = PRESETS.get(preset, {}) | saved | flags | {"preset": preset}
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset} must be auto or one of {', '.join(PRESETS)}.")
+    values = PRESETS[preset] | saved | flags | {"preset": preset}
+    if strange := flags.keys() - {f.name for kind in (GPTConfig, TrainConfig) for f in fields(kind)}:
+        raise UserError(f"--{strange.pop()} is not an option of --train.")
     return [kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
             for kind in (GPTConfig, TrainConfig)]
 
 
 def set_aside(ckpt, say):
     """Rename the files of an earlier run to NAME-1 and so on: nothing is ever overwritten."""
-    suffixes, n = (".pt", ".resume.pt", ".csv", ".png"), 1
-    while any(ckpt.with_name(f"{ckpt.stem}-{n}{suffix}").exists() for suffix in suffixes):
+    earlier = [f for f in ckpt.parent.glob(f"{ckpt.stem}.*") if f.suffix in (".pt", ".csv", ".png")]
+    n = 1
+    while list(ckpt.parent.glob(f"{ckpt.stem}-{n}.*")):
         n += 1
-    for suffix in suffixes:
-        if ckpt.with_suffix(suffix).exists():
-            ckpt.with_suffix(suffix).rename(ckpt.with_name(f"{ckpt.stem}-{n}{suffix}"))
-            say(f"The earlier {ckpt.stem}{suffix} is now {ckpt.stem}-{n}{suffix}.")
+    for f in earlier:
+        f.rename(f.with_name(f.name.replace(ckpt.stem, f"{ckpt.stem}-{n}", 1)))
+    if earlier:
+        say(f"The files of the earlier run {ckpt.stem} are now called {ckpt.stem}-{n}.")
 
 
 def train(**flags):
@@ -813,6 +835,8 @@ def train(**flags):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = tqdm.write if rank == 0 else lambda text: None
     ckpt = Path(flags.get("ckpt", TrainConfig.ckpt))
+    if ckpt.suffixes[-1:] != [".pt"]:
+        raise UserError(f"--ckpt {ckpt} must end in .pt.")
     resume_file = ckpt.with_suffix(".resume.pt")
 
     # What to start from: an interrupted run, another model, or nothing.
@@ -823,10 +847,12 @@ def train(**flags):
     elif flags.get("init_from"):
         model, tokenizer, _ = open_model(flags["init_from"])
         saved = asdict(model.config)
+        if "tokenizer" in flags:
+            raise UserError("--init_from brings its own tokenizer: leave --tokenizer out.")
     architecture, config = configure(flags, saved)
     T, B, passes = architecture.block_size, config.batch_size, config.gradient_accumulation_steps
     device = choose_device(config.device)
-    precision = choose_precision(config.precision, device, architecture.n_embd)
+    precision = choose_precision(config.precision, device)
     tokenizer, train_data, val_data, about = load_data(config.data, tokenizer or config.tokenizer)
     if min(len(train_data), len(val_data)) <= T:
         raise UserError(f"{config.data} has {len(train_data)} tokens to train on and {len(val_data)} "
@@ -839,22 +865,23 @@ def train(**flags):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(config.seed)
+    architecture.vocab_size = tokenizer.vocab_size
     if model:
-        weights, spare = model.state_dict(), max(0, tokenizer.vocab_size - model.config.vocab_size)
+        weights, spare = model.state_dict(), tokenizer.vocab_size - model.config.vocab_size
+        architecture.vocab_size -= min(0, spare)
         for name in ("token_embedding.weight", "lm_head.weight"):  # a new token starts as the mean
-            mean = weights[name].mean(dim=0).expand(spare, -1)
+            mean = weights[name].mean(dim=0).expand(max(0, spare), -1)
             weights[name] = torch.cat((weights[name], mean))
-        architecture.vocab_size = len(weights["lm_head.weight"])
         model = GPTLanguageModel.from_state(architecture, weights)
     else:
-        model = GPTLanguageModel(replace(architecture, vocab_size=tokenizer.vocab_size))
+        with explain("There can be no model of this size", RuntimeError, TypeError, OverflowError):
+            model = GPTLanguageModel(architecture)
     model.to(device).train()
     if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         say("Muon needs PyTorch 2.9 or newer: AdamW takes its place.")
         config.optimizer = "adamw"
     optimizers = model.make_optimizers(config)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     network = torch.compile(model) if config.compile else model
 
@@ -875,6 +902,17 @@ def train(**flags):
             total += loss.detach()
         return total
 
+    # Where the run stands, and how that is kept.
+    if run:
+        with explain(f"{resume_file} does not hold the state of a run", Exception):
+            for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            scaler.load_state_dict(run["scaler"])
+            if ckpt.exists() and load_checkpoint(ckpt)[2].get("run_id") != run["run_id"]:
+                raise ValueError(f"{ckpt} is of another run")
+            if run["world"] != world:
+                raise ValueError(f"it was run by {run['world']} processes")
+
     # Two trial passes: what can't work, for want of memory above all, fails before the run begins.
     try:
         gradients(0)
@@ -891,76 +929,71 @@ def train(**flags):
     say(f"{about}\n{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device} in "
         f"{str(precision)[6:]}; {config.max_iters:,} steps of {per_step:,} tokens: "
         f"{config.max_iters * per_step / len(train_data):.1f} epochs in about {minutes:.1f} minutes")
+    if config.wandb and rank == 0:
+        with explain("--wandb needs `pip install wandb`", ImportError):
+            import wandb
 
-    # Where the run stands, and how that is kept.
-    if run:
-        for optimizer, state in zip(optimizers, run["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        scaler.load_state_dict(run["scaler"])
-    else:
+        wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
+    if not run:
         run = {"iteration": 0, "best": math.inf, "history": [], "run_id": f"{time.time_ns():x}",
-               "data": Path(config.data).name, "fingerprint": fingerprint, "seconds": 0.0}
+               "data": Path(config.data).name, "fingerprint": fingerprint, "seconds": 0.0,
+               "world": world}
         if rank == 0:
             set_aside(ckpt, say)
-    history = run["history"]
+    history, stops = run["history"], []  # stops: signals that asked the run to stop
     written = resume_file.stat().st_mtime_ns if resume_file.exists() else None
 
     def save(improved=False):
         """Keep the model if it is the best so far, and then all that is needed to resume."""
         nonlocal written
-        if rank != 0:
-            return
         if resume_file.exists() and resume_file.stat().st_mtime_ns != written:
             raise UserError(f"Another run writes to {ckpt}, so this one stops and leaves it be.")
-        if not all(p.isfinite().all() for p in model.parameters()):
-            raise UserError(f"The loss is no longer a number at step {run['iteration']}; {ckpt} keeps "
-                            "the last good model. Take a lower --learning_rate or --precision fp32.")
-        about = {key: run[key] for key in ("iteration", "best", "history", "run_id", "data")}
-        if improved:
-            save_checkpoint(ckpt, model, tokenizer, **about)
+        if improved or not ckpt.exists():
+            save_checkpoint(ckpt, model, tokenizer, **{key: run[key] for key in (
+                "iteration", "best", "history", "run_id", "data")})
         run.update(train_config=asdict(config), scaler=scaler.state_dict(),
                    optimizers=[optimizer.state_dict() for optimizer in optimizers])
         save_checkpoint(resume_file, model, tokenizer, **run)
         written = resume_file.stat().st_mtime_ns
 
-    stops = []  # signals that asked the run to stop; a second one ends it at once
-
     def on_signal(number, frame):
-        if stops:
-            raise KeyboardInterrupt(number)
         stops.append(number)
+        if stops[1:]:  # the second one ends it at once
+            raise KeyboardInterrupt(number)
 
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    if config.wandb and rank == 0:
-        import wandb
-
-        wandb.init(project=config.wandb, id=run["run_id"], resume="allow", config=asdict(config))
     bar = tqdm(total=config.max_iters * per_step, initial=run["iteration"] * per_step, unit="token",
                unit_scale=True, disable=True if rank else None)  # None: only on a terminal
+    failures = torch.zeros((), device=device)  # how many losses in a row were not a number
+    trouble = UserError(f"The loss is no longer a number; {ckpt} keeps the last good model. Take a "
+                        "lower --learning_rate, or --precision fp32.")
+    stopping = False
     try:
-        while True:
-            step = run["iteration"]
-            ending = step >= config.max_iters
-            if (ending or step % config.eval_interval == 0) and (
-                    not history or history[-1]["iteration"] < step):
-                train_loss = estimate_loss(model, train_data, B, config.eval_tokens // 4)
-                val_loss = estimate_loss(model, val_data, B, config.eval_tokens)
+        for step in range(run["iteration"], config.max_iters + 1):
+            last = step == config.max_iters
+            if (last or step % config.eval_interval == 0) and step not in [
+                    row["iteration"] for row in history]:
+                train_loss = estimate_loss(model, train_data, max(1, config.eval_tokens // 4))
+                val_loss = estimate_loss(model, val_data, config.eval_tokens)
+                if not math.isfinite(val_loss) or failures >= 10:
+                    raise trouble
                 history.append({"iteration": step, "train_loss": train_loss, "val_loss": val_loss,
                                 "tokens": step * per_step, "seconds": round(run["seconds"], 1)})
-                improved = val_loss < run["best"]
-                run["best"] = min(val_loss, run["best"])
-                save(improved)
-                guess = f" (guessing: {math.log(model.config.vocab_size):.4f})" if step == 0 else ""
+                improved, run["best"] = val_loss < run["best"], min(val_loss, run["best"])
+                if rank == 0:
+                    save(improved)
+                guess = f" (guessing: {math.log(architecture.vocab_size):.4f})" if step == 0 else ""
                 say(f"step {step:6,}: training loss {train_loss:.4f}, validation loss {val_loss:.4f}"
                     f"{guess}{' *' if improved else ''}")
-                if rank == 0 and len(history) % 4 == 1:
+                if rank == 0 and (last or len(history) % 4 == 1):
                     text = tokenizer.decode(model.generate([], 150, tokenizer, seed=1)[0])
                     say("    | " + text.strip().replace("\n", "\n    | "))
                 if config.wandb and rank == 0:
                     wandb.log(history[-1], step=step)
-            if stops or ending:
+            if last or stopping:
                 break
             clock = time.perf_counter()
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * learning_rate_factor(step, config)
             status = torch.stack((gradients(step), torch.tensor(float(len(stops)), device=device)))
@@ -972,23 +1005,25 @@ def train(**flags):
                 scaler.step(optimizer)  # does nothing where fp16 overflowed
             scaler.update()
             model.zero_grad()
-            if world > 1 and status[1] > 0 and not stops:
-                stops.append(signal.SIGTERM)  # one process was asked to stop: so do all
+            failures = (failures + 1) * ~status[0].isfinite()
             if step % 10 == 0:
                 bar.set_postfix(loss=f"{status[0]:.3f}", refresh=False)
+                if failures >= 10:
+                    raise trouble
             bar.update(per_step)
-            run["iteration"] += 1
+            run["iteration"] = step + 1
             run["seconds"] += time.perf_counter() - clock
-        save()
+            stopping = status[1] > 0 if world > 1 else stops  # all processes stop at the same step
+        if rank == 0:
+            save()
+            write_log(ckpt, history)
     finally:
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if rank == 0:
-        write_log(ckpt, history)
-    if not ending:
+    if not last:
         say(f"Stopped after {step:,} steps, with nothing lost: the same command with --resume goes on.")
-        raise KeyboardInterrupt(stops[0])
+        raise KeyboardInterrupt(stops[0] if stops else signal.SIGTERM)
     say(f"The best model (validation loss {run['best']:.4f}) is in {ckpt}, its losses are in "
         f"{ckpt.stem}.csv and .png. To write with it: python gpt.py --sample --ckpt {ckpt}")
     return model, tokenizer
@@ -1029,9 +1064,8 @@ def sample(**flags):
         raise UserError("Of --prompt, --prompt_file and --interactive only one can be used.")
     model, tokenizer, about = open_model(how.ckpt)
     model.to(choose_device(how.device)).config.attention = attention
-    if about:
-        print(f"trained on {about['data']}, {about['iteration']:,} steps, validation loss "
-              f"{about['best']:.4f}", file=sys.stderr)
+    data, steps, loss = (about.get(key, "unknown") for key in ("data", "iteration", "best"))
+    print(f"Text: {data}; steps: {steps}; validation loss: {loss}", file=sys.stderr)
     prompt = how.prompt or ""
     if how.prompt_file:
         with explain(f"{how.prompt_file} can't be read", OSError, UnicodeError):
@@ -1062,7 +1096,7 @@ def parse(argv):
         group = parser.add_argument_group(kind.__name__, kind.__doc__)
         for f in fields(kind):
             if f.metadata and f.name not in seen:
-                how = {"type": (get_args(f.type) or (f.type,))[0], "metavar": "VALUE"}
+                how = {"type": f.type, "metavar": "VALUE"}
                 how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
                 names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
                 group.add_argument(*names, help=f"{f.metadata['help']} [{f.default}]", **how)
