@@ -38,11 +38,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+HERE = Path(__file__).resolve().parent
 
 # ------------------------------------------------------------------------------- 1. configuration
 class UserError(Exception):
     """A mistake a person can mend, told in one sentence: `main` prints it and exits with code 2."""
-
 
 @contextmanager
 def explain(sentence, *errors):
@@ -52,29 +52,25 @@ def explain(sentence, *errors):
     except errors as error:
         raise UserError(f"{sentence} ({' '.join(str(error).split()) or repr(error)})") from error
 
-
-def option(default, help, *choices, low=0, high=math.inf):
+def option(default, help, *choices, low=0, high=2**40):
     """A dataclass field that is a command-line flag too: default, help and limits, stated once."""
     return field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
-
 
 class Options:
     def __post_init__(self):
         """Check every value, whether a flag, a checkpoint or a notebook gave it."""
         for f in fields(self):
             value, rule = getattr(self, f.name), f.metadata or option(0, "").metadata
-            good = value in rule["choices"] if rule["choices"] else True
-            if f.type in (int, float):
-                good = type(value) in (int, f.type) and rule["low"] <= value <= rule["high"]
-            if not good or f.type in (str, bool) and type(value) is not f.type:
-                raise UserError(f"--{f.name} can't be {value!r}: it takes a {f.type.__name__} of "
-                                f"{rule['choices'] or (rule['low'], rule['high'])}.")
-
+            good = type(value) is f.type or (f.type is float and type(value) is int)
+            if good and f.type in (int, float):
+                good = rule["low"] <= value <= rule["high"]
+            if not good or value not in (rule["choices"] or [value]):
+                allowed = rule["choices"] or f"from {rule['low']} to {rule['high']}"
+                raise UserError(f"--{f.name} can't be {value!r}: {f.type.__name__}, {allowed}.")
 
 @dataclass
 class GPTConfig(Options):
     """The architecture: what a checkpoint keeps as its `hyperparameters`."""
-
     n_layer: int = option(6, "blocks, one after the other", low=1)
     n_head: int = option(6, "attention heads in each block", low=1)
     n_embd: int = option(384, "channels of every position", low=1)
@@ -85,23 +81,16 @@ class GPTConfig(Options):
     positions: str = option("rotary", "how positions are told apart", "rotary", "learned")
     qk_norm: bool = option(True, "normalise queries and keys")
     activation: str = option("relu2", "in the feed-forward layers", "gelu", "relu", "relu2")
-    attention: str = option("fused", "PyTorch's kernel, or Head by Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's kernel, or Head", "fused", "explicit")
     vocab_size: int = 65  # no flag: it comes from the tokenizer
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.n_embd % (2 * self.n_head):  # rotary positions turn channels in pairs
-            raise UserError(f"--n_embd {self.n_embd} must be --n_head {self.n_head} times an even number.")
-
 
 @dataclass
 class TrainConfig(Options):
     """How to train; a preset replaces some of these defaults."""
-
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint to write, or to sample from")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the arithmetic", "auto", "fp32", "bf16", "fp16")
-    seed: int = option(1337, "the same seed, the same result; -1 in sampling: random", low=-1)
+    seed: int = option(1337, "the same seed, the same result; -1 when sampling: random", low=-1)
     preset: str = option("auto", "sizes: auto, cpu, laptop, gpu, lecture, gpt2")
     data: str = option("input.txt", "text, folder of .txt or of train.bin + val.bin, 'shakespeare'")
     tokenizer: str = option("char", "char, gpt2, or a folder with vocab.json and merges.txt")
@@ -121,11 +110,9 @@ class TrainConfig(Options):
     compile: bool = option(False, "torch.compile: slow to start, then faster on a GPU")
     wandb: str = option("", "Weights & Biases project to log to")
 
-
 @dataclass
 class SampleConfig(Options):
     """How to write."""
-
     ckpt: str = TrainConfig.ckpt
     device: str = TrainConfig.device
     seed: int = option(-1, "", low=-1)
@@ -141,7 +128,6 @@ class SampleConfig(Options):
     beams: int = option(1, "look for the likeliest text with so many beams", low=1)
     stop: str = option("", "end once this text is written")
 
-
 PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=2400,
                 learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
@@ -151,22 +137,18 @@ PRESETS = {  # README.md says how long each takes, and to which loss
                     optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
                     max_iters=5000, eval_interval=500),
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, positions="learned", bias=True,
-                 activation="gelu", qk_norm=False, tie_weights=True, tokenizer="gpt2",
-                 optimizer="adamw", learning_rate=6e-4, schedule="cosine", warmup_iters=200,
-                 batch_size=8),
+                 activation="gelu", qk_norm=False, tie_weights=True, tokenizer="gpt2", batch_size=8,
+                 optimizer="adamw", learning_rate=6e-4, schedule="cosine", warmup_iters=200),
 }
-
 
 # ---------------------------------------------------------------------------------- 2. tokenizers
 class CharTokenizer:
     """The plainest tokenizer: every distinct character of the text is a token."""
-
     kind = "char"
 
     def __init__(self, stoi):
         """stoi, string to integer, gives each token its id; itos is the way back."""
-        self.stoi, self.itos = dict(stoi), {i: s for s, i in stoi.items()}
-        self.vocab_size = len(self.stoi)
+        self.stoi, self.itos, self.vocab_size = stoi, {i: s for s, i in stoi.items()}, len(stoi)
         self.dtype = np.uint8 if self.vocab_size <= 2**8 else np.uint16
         if sorted(self.itos) != list(range(self.vocab_size)) or not 0 < self.vocab_size <= 2**16:
             raise UserError("A vocabulary needs 1 to 65,536 tokens, with ids that count up from 0.")
@@ -180,20 +162,17 @@ class CharTokenizer:
     def encode(self, text):
         """Text to an array of ids (len(text),); UserError names characters it doesn't know."""
         if unknown := sorted(set(text) - self.stoi.keys()):
-            raise UserError(f"The model knows no {' '.join(map(repr, unknown[:9]))}, its alphabet is "
-                            f"{''.join(self.stoi)!r}.")
+            raise UserError(f"The model's alphabet {''.join(self.stoi)!r} has no {unknown[:9]}.")
         ids_of = np.zeros(sys.maxunicode + 1, self.dtype)  # a table, looked up a million at a time
         ids_of[[ord(s) for s in self.stoi]] = list(self.stoi.values())
-        parts = [text[i : i + 2**20].encode("utf-32-le") for i in range(0, len(text) or 1, 2**20)]
+        parts = (text[i : i + 2**20].encode("utf-32-le") for i in range(0, len(text) or 1, 2**20))
         return np.concatenate([ids_of[np.frombuffer(part, np.uint32)] for part in parts])
 
     def decode(self, ids):
         return "".join([self.itos[int(i)] for i in ids])
 
-
 class BPETokenizer(CharTokenizer):
     """GPT-2's byte-pair encoding: frequent runs of bytes are tokens. A thin wrapper of tiktoken."""
-
     kind = "bpe"
     # Bytes are merged only within a word (with the space before it), a number, or punctuation.
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -201,20 +180,18 @@ class BPETokenizer(CharTokenizer):
     def __init__(self, stoi):
         """In stoi a byte stands as the character of the same number, from 0 to 255."""
         from tiktoken import Encoding
-
         super().__init__(stoi)
         special = {s: i for s, i in stoi.items() if s == "<|endoftext|>"}
         ranks = {s.encode("latin-1"): i for s, i in stoi.items() if s not in special}
-        self.encoding = Encoding("", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.encoding = Encoding("", pat_str=self.pattern, mergeable_ranks=ranks,
+                                 special_tokens=special)
 
     @classmethod
     def load(cls, name="gpt2"):
         """'gpt2' through tiktoken's download, or a folder with OpenAI's vocab.json and merges.txt."""
-        with explain(f"No vocabulary in {name}: name a folder with GPT-2's vocab.json and merges.txt",
-                     Exception):
+        with explain(f"No vocabulary in {name}: it takes GPT-2's vocab.json, merges.txt", Exception):
             if not Path(name).is_dir():
                 from tiktoken import get_encoding
-
                 gpt2 = get_encoding(name)
                 tokens = map(gpt2.decode_single_token_bytes, range(gpt2.n_vocab))
                 return cls({token.decode("latin-1"): i for i, token in enumerate(tokens)})
@@ -235,7 +212,6 @@ class BPETokenizer(CharTokenizer):
         """Ids to text; bytes that are only a part of a character show as U+FFFD."""
         return self.encoding.decode([int(i) for i in ids])
 
-
 # ----------------------------------------------------------------------------------- 3. the model
 class Head(nn.Module):
     """One attention head: every position asks the past a question and mixes the answers it gets.
@@ -243,7 +219,6 @@ class Head(nn.Module):
     softmax(Q K^T / sqrt(hs) + mask) V: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.
     It has no parameters; given (B, nh, T, hs) it is all heads of a layer, side by side.
     """
-
     def forward(self, q, k, v):
         """q (..., T, hs), the last T of S positions; k, v (..., S, hs) -> (..., T, hs), (..., T, S)."""
         # Without the root, scores would grow with hs and the softmax would pick one position only.
@@ -253,14 +228,12 @@ class Head(nn.Module):
         weights = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1)  # exp(-inf) is 0
         return weights.to(v.dtype) @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
-
 class KVCache:
     """Keys and values of the tokens read so far, so that generation reads each token only once.
 
     A ring of block_size slots: when it is full, the newest token replaces the oldest. Rotary scores
     depend on distances only, so that is right for them; learned positions have to start again.
     """
-
     def __init__(self, model, batch_size):
         c, weight = model.config, model.lm_head.weight
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
@@ -274,10 +247,8 @@ class KVCache:
         self.store[layer, 1, :, :, slot : slot + T] = v
         return self.store[layer, :, :, :, : min(self.length + T, size)]
 
-
 class MultiHeadAttention(nn.Module):
     """Communication: several heads look at the past at once, each for something of its own."""
-
     def __init__(self, config, layer):
         super().__init__()
         self.config, self.layer, self.head = config, layer, Head()
@@ -307,10 +278,8 @@ class MultiHeadAttention(nn.Module):
                 maps.append(weights)
         return self.dropout(self.proj(out.transpose(1, 2).reshape(B, T, C)))  # heads side by side
 
-
 class FeedForward(nn.Module):
     """Computation: every position thinks by itself about what it has gathered."""
-
     def __init__(self, config):
         super().__init__()
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
@@ -324,13 +293,11 @@ class FeedForward(nn.Module):
         x = x * x if self.activation == "relu2" else x
         return self.dropout(self.down(x))  # (B, T, 4C) -> (B, T, C)
 
-
 class Block(nn.Module):
     """Communication, then computation; each adds its result to a stream that is never rewritten.
 
     Normalising what a layer reads, not the stream itself, lets gradients reach every block.
     """
-
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -342,34 +309,33 @@ class Block(nn.Module):
         x = x + self.attention(self.ln_1(x), rotation, cache, maps)  # (B, T, C)
         return x + self.feed_forward(self.ln_2(x))  # (B, T, C)
 
-
 @contextmanager
 def evaluating(model):
     """Without dropout for a while, then as it was."""
-    was_training = model.training
-    if was_training:  # going through all modules takes as long as a small model's next token
-        model.eval()
+    if not model.training:  # then nothing is to be done, once for every token that is written
+        yield
+        return
+    model.eval()
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        model.train()
 
-
-# GPT-2 is this model with other numbers: its names for our weights, and those it holds turned round.
+# GPT-2 is this model with other numbers: its names, what it holds turned round, what it must be.
 GPT2_NAMES = {"transformer.": "", "wte": "token_embedding", "wpe": "position_embedding",
               "h.": "blocks.", "attn.c_attn": "attention.qkv", "attn.c_proj": "attention.proj",
               "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down"}
+GPT2_TURNED = ("qkv.weight", "proj.weight", "up.weight", "down.weight")
 GPT2_IS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-GPT2_TURNED = ("qkv.weight", "proj.weight", "up.weight", "down.weight")
-
 
 class GPTLanguageModel(nn.Module):
     """Token ids in; out comes, at every position at once, a score for each possible next token."""
-
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % (2 * config.n_head):  # rotary positions turn channels in pairs
+            raise UserError(f"--n_embd must be an even multiple of --n_head {config.n_head}, but is "
+                            f"{config.n_embd}.")
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -380,7 +346,7 @@ class GPTLanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight", "lm_head.weight", "bias")):
-                nn.init.zeros_(parameter)  # each block starts by adding nothing, the head by guessing
+                nn.init.zeros_(parameter)  # at first each block adds nothing, and the head guesses
             elif name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=0.02)
         self.tie()
@@ -445,8 +411,8 @@ class GPTLanguageModel(nn.Module):
     @classmethod
     def from_state(cls, config, state):
         """The model with these weights, {name: tensor}. UserError where one doesn't fit."""
-        with torch.device("meta"), explain("no such model can be built", Exception):
-            model = cls(config)  # takes no memory: only to compare with
+        with torch.device("meta"):  # takes no memory: only to compare with
+            model = cls(config)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for name in sorted(shapes.keys() | state.keys()):
             if name not in shapes or name not in state or state[name].shape != shapes[name] or (
@@ -461,28 +427,23 @@ class GPTLanguageModel(nn.Module):
     def from_pretrained(cls, name):
         """OpenAI's GPT-2: 'gpt2', 'gpt2-medium', '-large' or '-xl' from the hub, or a folder."""
         files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
-        with explain(f"{name} can't be opened as GPT-2: name a folder with its {', '.join(files)}",
-                     Exception):
+        with explain(f"{name} can't be opened as GPT-2: it takes a folder with {files}", Exception):
             from safetensors.torch import load_file
-
             if not Path(name).is_dir():
                 from huggingface_hub import snapshot_download
-
                 name = snapshot_download(f"openai-community/{name}", allow_patterns=files)
             theirs = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-            for key, value in GPT2_IS.items():
-                if theirs.get(key, value) != value:
-                    raise ValueError(f"its {key} is {theirs[key]}, not {value}")
+            if wrong := [key for key, value in GPT2_IS.items() if theirs.get(key, value) != value]:
+                raise ValueError(f"its {wrong[0]} is {theirs[wrong[0]]}, not {GPT2_IS[wrong[0]]}")
             config = GPTConfig(
-                n_layer=theirs["n_layer"], n_head=theirs["n_head"], n_embd=theirs["n_embd"], bias=True,
-                block_size=theirs["n_positions"], vocab_size=theirs["vocab_size"], qk_norm=False,
-                positions="learned", activation="gelu",
-                tie_weights=theirs.get("tie_word_embeddings", True))
+                **{key: theirs[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")},
+                block_size=theirs["n_positions"], bias=True, positions="learned", qk_norm=False,
+                activation="gelu", tie_weights=theirs.get("tie_word_embeddings", True))
             state = {}
             for key, tensor in load_file(Path(name) / "model.safetensors").items():
                 for openai, ours in GPT2_NAMES.items():
                     key = key.replace(openai, ours)
-                if not key.endswith(("attn.bias", "attn.masked_bias")):  # masks, not weights
+                if not key.endswith((".attn.bias", ".attn.masked_bias")):  # masks, not weights
                     state[key] = tensor.T if key.endswith(GPT2_TURNED) else tensor
             if config.tie_weights:
                 state["lm_head.weight"] = state["token_embedding.weight"]
@@ -491,8 +452,8 @@ class GPTLanguageModel(nn.Module):
     def make_optimizers(self, config):
         """[AdamW], or with Muon (kellerjordan.github.io/posts/muon) for the blocks' matrices, both."""
         named = list(self.named_parameters())
-        inner = [name for name, p in named if name.startswith("blocks.") and p.dim() == 2]
-        muon = inner if config.optimizer == "muon" else []
+        inner = {name for name, p in named if name.startswith("blocks.") and p.dim() == 2}
+        muon = inner if config.optimizer == "muon" else set()
         rest = [p for name, p in named if name not in muon]
         # Decay is for matrices: norms and biases have no reason to be small.
         groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
@@ -577,7 +538,6 @@ class GPTLanguageModel(nn.Module):
             cache.store = cache.store[:, :, rows]
         return tokens[::beams]
 
-
 def probabilities(logits, how):
     """Logits (B, V) -> what to draw by (B, V), after how's temperature, top_k and top_p.
 
@@ -596,13 +556,10 @@ def probabilities(logits, how):
         probs = probs.scatter(1, order, ordered)
     return probs / probs.sum(dim=-1, keepdim=True)
 
-
 # ---------------------------------------------------------------------------------------- 5. data
-HERE = Path(__file__).resolve().parent
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt")
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-
 
 def find_text(name):
     """Where the text is: as named, else beside gpt.py; 'shakespeare' is downloaded here, once."""
@@ -616,7 +573,6 @@ def find_text(name):
                     raise ValueError("what came is another file")
             write_atomically(path, lambda file: file.write(content))
     return path
-
 
 def load_data(name, tokenizer):
     """Returns tokenizer, ids to train on, ids to validate with (the last tenth), and a line on them.
@@ -649,7 +605,6 @@ def load_data(name, tokenizer):
     split = int(0.9 * len(ids))
     return tokenizer, ids[:split], ids[split:], f"{about}, {len(ids):,} tokens"
 
-
 def get_batch(data, block_size, batch_size, rng=None, device="cpu", starts=None):
     """Passages x (B, T) and y (B, T), the same one token later: what to predict at each x.
 
@@ -660,7 +615,6 @@ def get_batch(data, block_size, batch_size, rng=None, device="cpu", starts=None)
     passages = data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
     passages = torch.from_numpy(passages).to(device)
     return passages[:, :-1], passages[:, 1:]
-
 
 @torch.no_grad()
 def estimate_loss(model, data, max_tokens=None):
@@ -679,7 +633,6 @@ def estimate_loss(model, data, max_tokens=None):
     average_over_processes(total)
     return (total[0] / total[1]).item()
 
-
 # --------------------------------------------------------------------------------- 6. checkpoints
 def write_atomically(path, write):
     """Write beside path, then rename: at any moment path holds all of the old or all of the new."""
@@ -694,14 +647,12 @@ def write_atomically(path, write):
     finally:
         beside.unlink(missing_ok=True)
 
-
 def save_checkpoint(path, model, tokenizer, **more):
     """All that is needed to go on writing, and more; only tensors and Python's own types."""
     content = {"format": 1, "model_state_dict": model.state_dict(), "tokenizer": tokenizer.kind,
                "hyperparameters": asdict(model.config), "stoi": tokenizer.stoi,
                "itos": tokenizer.itos, **more}
     write_atomically(Path(path), lambda file: torch.save(content, file))
-
 
 def load_checkpoint(path, device="cpu"):
     """Returns model, tokenizer, and the rest of what was saved; the file can't run any code.
@@ -725,7 +676,6 @@ def load_checkpoint(path, device="cpu"):
             raise ValueError("it has fewer weights than it should")
         return GPTLanguageModel.from_state(config, state).to(device), tokenizer, content
 
-
 def open_model(name):
     """load_checkpoint(name), looked for in checkpoints/ too; or GPT-2 by its name or folder."""
     path = Path(name) if Path(name).exists() else HERE / "checkpoints" / name
@@ -734,7 +684,6 @@ def open_model(name):
         return GPTLanguageModel.from_pretrained(name), tokenizer, {}
     print(f"Opening {path}", file=sys.stderr)
     return load_checkpoint(path if path.exists() else name)
-
 
 # ------------------------------------------------------------------------------------ 7. training
 def average_over_processes(*tensors):
@@ -746,7 +695,6 @@ def average_over_processes(*tensors):
         for tensor, mean in zip(tensors, means, strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-
 def choose_device(name):
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
@@ -757,7 +705,6 @@ def choose_device(name):
             raise RuntimeError("only cpu, cuda and mps are known")
         return device
 
-
 def choose_precision(name, device):
     """The type to multiply in: bf16 only where it is in hardware (a T4 emulates it, slowly)."""
     if name == "auto" and device.type == "cuda":
@@ -767,7 +714,6 @@ def choose_precision(name, device):
         name = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
-
 def learning_rate_factor(step, config):
     """The share of the highest learning rate that a step takes, never zero: up, level, then down."""
     if step < config.warmup_iters:
@@ -776,7 +722,6 @@ def learning_rate_factor(step, config):
     done = max(0, step - start) / max(1, config.max_iters - start)
     cosine = 0.5 + 0.5 * math.cos(math.pi * done)
     return {"linear": 1 - done, "cosine": cosine, "constant": 1}[config.schedule]
-
 
 def write_log(ckpt, history):
     """The losses as a table, NAME.csv, and as a picture, NAME.png."""
@@ -793,10 +738,8 @@ def write_log(ckpt, history):
     axes.legend()
     write_atomically(ckpt.with_suffix(".png"), lambda file: axes.figure.savefig(file, dpi=100))
 
-
 MAY_CHANGE = ("resume", "ckpt", "data", "device", "max_iters", "eval_interval", "eval_tokens",
               "compile", "wandb", "attention", "dropout")
-
 
 def configure(flags, saved):
     """Both configurations: each value from its flag, else the checkpoint, the preset, the default."""
@@ -815,7 +758,6 @@ def configure(flags, saved):
     return [kind(**{f.name: values[f.name] for f in fields(kind) if f.name in values})
             for kind in (GPTConfig, TrainConfig)]
 
-
 def set_aside(ckpt, say):
     """Rename the files of an earlier run to NAME-1 and so on: nothing is ever overwritten."""
     earlier = [f for f in ckpt.parent.glob(f"{ckpt.stem}.*") if f.suffix in (".pt", ".csv", ".png")]
@@ -826,7 +768,6 @@ def set_aside(ckpt, say):
         f.rename(f.with_name(f.name.replace(ckpt.stem, f"{ckpt.stem}-{n}", 1)))
     if earlier:
         say(f"The files of the earlier run {ckpt.stem} are now called {ckpt.stem}-{n}.")
-
 
 def train(**flags):
     """Train as the flags say, which are named as on the command line; returns model, tokenizer."""
@@ -930,8 +871,7 @@ def train(**flags):
         f"{str(precision)[6:]}; {config.max_iters:,} steps of {per_step:,} tokens: "
         f"{config.max_iters * per_step / len(train_data):.1f} epochs in about {minutes:.1f} minutes")
     if config.wandb and rank == 0:
-        with explain("--wandb needs `pip install wandb`", ImportError):
-            import wandb
+        import wandb
 
         wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
     if not run:
@@ -1028,7 +968,6 @@ def train(**flags):
         f"{ckpt.stem}.csv and .png. To write with it: python gpt.py --sample --ckpt {ckpt}")
     return model, tokenizer
 
-
 # ---------------------------------------------------------------------------- 8. the command line
 def write(model, tokenizer, prompt, how):
     """Print the prompt and what follows; the first of several texts streams as it is made."""
@@ -1052,36 +991,32 @@ def write(model, tokenizer, prompt, how):
     for row in range(1, how.num_samples):
         print("-" * 40, prompt + until(tokenizer.decode([new[row] for new in rows])), sep="\n")
 
-
 def sample(**flags):
     """Write as the flags say: the text goes to stdout, what is said about it to stderr."""
     attention = flags.pop("attention", "fused")
     how = SampleConfig(**flags)
-    if how.beams > 1 and (drawing := flags.keys() & {"temperature", "top_k", "top_p", "num_samples",
-                                                     "repetition_penalty", "seed"}):
+    drawing = {"temperature", "top_k", "top_p", "num_samples", "repetition_penalty", "seed"}
+    if how.beams > 1 and (drawing := drawing & flags.keys()):
         raise UserError(f"--beams looks for the likeliest text, so --{drawing.pop()} has no place.")
     if len(flags.keys() & {"prompt", "prompt_file", "interactive"}) > 1:
         raise UserError("Of --prompt, --prompt_file and --interactive only one can be used.")
     model, tokenizer, about = open_model(how.ckpt)
-    model.to(choose_device(how.device)).config.attention = attention
+    model.eval().to(choose_device(how.device)).config.attention = attention
     data, steps, loss = (about.get(key, "unknown") for key in ("data", "iteration", "best"))
     print(f"Text: {data}; steps: {steps}; validation loss: {loss}", file=sys.stderr)
-    prompt = how.prompt or ""
     if how.prompt_file:
         with explain(f"{how.prompt_file} can't be read", OSError, UnicodeError):
-            prompt = Path(how.prompt_file).read_text(encoding="utf-8")
+            how.prompt = Path(how.prompt_file).read_text(encoding="utf-8-sig")
+    if not how.interactive:
+        return write(model, tokenizer, how.prompt, how)
     while True:
         try:
-            write(model, tokenizer, input("prompt> ") if how.interactive else prompt, how)
+            print("prompt> ", end="", file=sys.stderr, flush=True)
+            write(model, tokenizer, input(), how)
         except UserError as error:
-            if not how.interactive:
-                raise
             print(error, file=sys.stderr)
         except EOFError:
             return
-        if not how.interactive:
-            return
-
 
 def parse(argv):
     """The command line as {name: value} of what was given; every `option` above is a flag."""
@@ -1108,18 +1043,17 @@ def parse(argv):
         parser.error(f"--{strange.pop()} is not an option of --{flags['run'].__name__}")
     return flags
 
-
 def main(argv=None):
     """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 after Ctrl-C."""
-    for console in (sys.stdout, sys.stderr):
+    for console in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(console, "reconfigure"):
             console.reconfigure(errors="replace")  # a letter that it can't show becomes "?"
     try:
         flags = parse(argv)
         flags.pop("run")(**flags)
         return 0
-    except UserError as error:
-        message = str(error)
+    except (UserError, ModuleNotFoundError) as error:
+        message = f"{error}{'' if isinstance(error, UserError) else ': pip install it.'}"
     except KeyboardInterrupt as stop:
         return 128 + (stop.args[0] if stop.args else signal.SIGINT)
     except BrokenPipeError:  # whoever read the text has had enough
@@ -1132,7 +1066,6 @@ def main(argv=None):
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"gpt.py: {message}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,234 @@
+"""The model: its size, its start, its loss, what it may look at, and how it is optimised."""
+
+import math
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import nn
+
+import gpt
+from gpt import CharTokenizer, GPTConfig, GPTLanguageModel, TrainConfig, UserError
+
+everywhere = pytest.mark.parametrize("positions", ["learned", "rotary"])
+both_paths = pytest.mark.parametrize("attention", ["fused", "explicit"])
+
+
+def preset(name, **changes):
+    """The architecture of a preset, as the command line would make it."""
+    names = {f.name for f in fields(GPTConfig)}
+    values = {key: value for key, value in gpt.PRESETS[name].items() if key in names}
+    return GPTConfig(**values | changes)
+
+
+# ----------------------------------------------------------------------------------------- sizes
+@pytest.mark.parametrize("config, least, most", [
+    (preset("gpu", vocab_size=65), 10_600_000, 10_800_000),
+    (preset("lecture", vocab_size=65), 10_600_000, 10_900_000),
+    (preset("gpu", vocab_size=65, n_layer=8), 14_150_000, 14_250_000),
+    (preset("gpt2", vocab_size=50257), 124_439_808, 124_439_808),
+], ids=["baseline", "lecture", "eight layers", "gpt2"])
+def test_parameter_counts(config, least, most):
+    """10.8M for the baseline, 14.2M with eight layers, and exactly GPT-2's 124,439,808."""
+    with torch.device("meta"):  # shapes without memory
+        model = GPTLanguageModel(config)
+    assert least <= sum(p.numel() for p in model.parameters()) <= most
+
+
+def test_bias_and_tying_change_the_count(make_model):
+    """Without biases each has to go, and an untied head is one matrix more."""
+    def count(**config):
+        return sum(p.numel() for p in make_model(n_layer=1, **config).parameters())
+
+    biases = 3 * 16 + 16 + 4 * 16 + 16 + 3 * 16  # qkv, proj, up, down, three norms
+    assert count(bias=True) - count(bias=False) == biases
+    assert count(tie_weights=False) - count(tie_weights=True) == 13 * 16
+    assert count(positions="learned") - count(positions="rotary") == 8 * 16
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    """Heads must share the channels evenly."""
+    with pytest.raises(UserError, match="n_embd 100.*n_head 6"):
+        GPTConfig(n_embd=100, n_head=6)
+
+
+# ------------------------------------------------------------------------------------- the start
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_weights_are_tied_by_identity_also_after_loading(tmp_path, tie_weights):
+    """One matrix stays one: new, from a state, and from a checkpoint."""
+    config = GPTConfig(n_layer=1, n_head=1, n_embd=8, vocab_size=3, tie_weights=tie_weights)
+    model = GPTLanguageModel(config)
+    again = GPTLanguageModel.from_state(config, model.state_dict())
+    gpt.save_checkpoint(tmp_path / "tied.pt", model, CharTokenizer.from_text("abc"))
+    loaded = gpt.load_checkpoint(tmp_path / "tied.pt")[0]
+    for each in (model, again, loaded):
+        assert (each.lm_head.weight is each.token_embedding.weight) is tie_weights
+        torch.testing.assert_close(each.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_loaded_weights_are_copies(make_model):
+    """Training a model made from a state leaves the state as it was."""
+    model = make_model(torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = GPTLanguageModel.from_state(model.config, model.state_dict())
+    nn.init.zeros_(again.ln_f.weight)
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("damage", ["missing", "left over", "shape", "not a number"])
+def test_weights_that_do_not_fit_are_named(make_model, damage):
+    """A state with one wrong entry is refused, and the error says which."""
+    model = make_model(torch.float32)
+    state, name = model.state_dict(), "blocks.1.ln_2.weight"
+    if damage == "missing":
+        del state[name]
+    elif damage == "left over":
+        name = "blocks.2.ln_2.weight"
+        state[name] = torch.ones(16)
+    else:
+        state[name] = torch.ones(17) if damage == "shape" else torch.full((16,), math.nan)
+    with pytest.raises(UserError, match=name):
+        GPTLanguageModel.from_state(model.config, state)
+
+
+@pytest.mark.parametrize("name", ["cpu", "lecture"])
+def test_a_fresh_model_guesses(name):
+    """Before it has learned, the loss is about ln(V): all tokens are equally likely."""
+    model = GPTLanguageModel(preset(name, n_layer=2, vocab_size=65)).eval()
+    idx = torch.randint(65, (8, 64))
+    loss = model(idx, torch.randint(65, (8, 64)))[1]
+    assert loss.item() == pytest.approx(math.log(65), abs=0.2)
+
+
+def test_the_start_is_that_of_gpt2():
+    """Matrices at 0.02, smaller where blocks add to the stream; norms at one, biases at zero."""
+    model = GPTLanguageModel(GPTConfig(n_layer=3, n_head=4, n_embd=128, vocab_size=512, bias=True,
+                                       positions="learned", tie_weights=False))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            adds = name.endswith(("attention.proj.weight", "feed_forward.down.weight"))
+            expected = 0.02 / math.sqrt(6) if adds else 0.02
+            assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(parameter.mean().item()) < 0.002, name
+
+
+# ------------------------------------------------------------------------------------ what it does
+def test_the_loss_is_the_mean_of_minus_log_probability(make_model):
+    """The loss against the sum done by hand, in nats."""
+    model = make_model()
+    idx, targets = torch.randint(13, (2, 5)), torch.randint(13, (2, 5))
+    logits, loss = model(idx, targets)
+    surprises = []
+    for scores, target in zip(logits.flatten(0, 1).tolist(), targets.flatten(), strict=True):
+        total = sum(math.exp(score) for score in scores)
+        surprises.append(-math.log(math.exp(scores[target]) / total))
+    assert loss.item() == pytest.approx(sum(surprises) / 10, rel=1e-6)
+    assert max(surprises) > 2 * min(surprises)
+
+
+def test_without_targets_the_same_logits_and_no_loss(make_model):
+    """What forward returns has one shape, whether there are targets or not."""
+    model, idx = make_model(), torch.randint(13, (2, 5))
+    logits, loss = model(idx)
+    assert logits.shape == (2, 5, 13) and loss is None
+    assert torch.equal(model(idx, idx)[0], logits)
+
+
+@everywhere
+@both_paths
+def test_the_future_is_unseen(make_model, positions, attention):
+    """Other tokens from position 5 on leave the scores before it alone, and change those after."""
+    model = make_model(positions=positions, attention=attention)
+    idx = torch.randint(13, (4, 8))
+    other = torch.cat((idx[:, :5], (idx[:, 5:] + 1) % 13), dim=1)
+    before, after = model(idx)[0], model(other)[0]
+    torch.testing.assert_close(before[:, :5], after[:, :5], rtol=0, atol=1e-12)
+    assert ((before - after)[:, 5:].abs().amax(dim=-1) > 1e-3).all()
+
+
+@everywhere
+@both_paths
+def test_sequences_of_a_batch_do_not_mix(make_model, positions, attention):
+    """A row's scores are the same alone and among others."""
+    model = make_model(positions=positions, attention=attention)
+    idx = torch.randint(13, (3, 8))
+    alone = torch.cat([model(row[None])[0] for row in idx])
+    torch.testing.assert_close(model(idx)[0], alone, rtol=1e-10, atol=1e-10)
+
+
+@everywhere
+def test_order_matters(make_model, positions):
+    """In one layer only positions tell "abc" from "bac": the last scores must differ."""
+    model = make_model(positions=positions, n_layer=1)
+    scores = model(torch.tensor([[1, 2, 3], [2, 1, 3]]))[0][:, -1]
+    assert (scores[0] - scores[1]).abs().max() > 1e-3
+
+
+def test_rotary_scores_depend_on_distance_only(make_model):
+    """All positions moved by a thousand change nothing; doubled distances do."""
+    model = make_model(positions="rotary")
+    idx, turn = torch.randint(13, (2, 8)), model.rotation
+    logits, maps = model(idx)[0], model.attention_maps(idx)
+    model.rotation = lambda positions: turn(positions + 1000)
+    torch.testing.assert_close(model(idx)[0], logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.attention_maps(idx), maps, rtol=1e-9, atol=1e-9)
+    model.rotation = lambda positions: turn(2 * positions)
+    assert (model(idx)[0] - logits).abs().max() > 1e-3
+
+
+def test_learned_positions_end_with_the_context(make_model):
+    """One token too many is a ValueError that names the limit, not an index error."""
+    model = make_model(positions="learned")
+    assert model(torch.zeros(1, 8, dtype=torch.long))[0].shape == (1, 8, 13)
+    with pytest.raises(ValueError, match="9 .*8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+
+
+def test_rotary_positions_go_on(make_model):
+    """Rotary models can be asked about more than the context that they were trained with."""
+    assert make_model(positions="rotary")(torch.zeros(1, 20, dtype=torch.long))[0].size(1) == 20
+
+
+def test_dropout_is_for_training_only(make_model):
+    """Two passes differ while training and agree in evaluation."""
+    model, idx = make_model(dropout=0.3), torch.randint(13, (1, 8))
+    assert not torch.equal(model.train()(idx)[0], model(idx)[0])
+    assert torch.equal(model.eval()(idx)[0], model(idx)[0])
+    plain = make_model(dropout=0.0)
+    assert torch.equal(plain.train()(idx)[0], model(idx)[0])
+
+
+# --------------------------------------------------------------------------------- the optimizers
+@pytest.mark.parametrize("tie_weights", [True, False])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_has_one_optimizer(make_model, optimizer, tie_weights):
+    """Muon takes exactly the blocks' matrices, AdamW all the rest, and nothing is taken twice."""
+    model = make_model(torch.float32, positions="learned", tie_weights=tie_weights)
+    optimizers = model.make_optimizers(TrainConfig(optimizer=optimizer))
+    taken = [[id(p) for group in each.param_groups for p in group["params"]] for each in optimizers]
+    matrices = [id(p) for block in model.blocks for p in block.parameters() if p.dim() == 2]
+    assert len(matrices) == 8
+    assert sorted(sum(taken, [])) == sorted(map(id, model.parameters()))
+    kinds = {type(each): set(ids) for each, ids in zip(optimizers, taken, strict=True)}
+    assert kinds.keys() <= {torch.optim.AdamW, getattr(torch.optim, "Muon", None)}
+    if optimizer == "muon":
+        assert kinds[torch.optim.Muon] == set(matrices)
+    else:
+        assert len(optimizers) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_decay_is_for_matrices(make_model, optimizer):
+    """Norms and biases are not pulled towards zero, whatever takes them; rates are as asked for."""
+    model = make_model(torch.float32, positions="learned")
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.3, learning_rate=1e-4,
+                         muon_learning_rate=0.05)
+    for each in model.make_optimizers(config):
+        for group in each.param_groups:
+            assert group["lr"] == (1e-4 if isinstance(each, torch.optim.AdamW) else 0.05)
+            for parameter in group["params"]:
+                assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0.0)
