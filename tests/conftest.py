@@ -40,7 +40,8 @@ def make_model():
     """
 
     def make(dtype=torch.float64, seed=0, **config):
-        sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=13, bias=True)
+        sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=13, bias=True,
+                     tie_weights=True, activation="gelu")
         torch.manual_seed(seed)
         model = gpt.GPTLanguageModel(gpt.GPTConfig(**sizes | config)).to(dtype)
         with torch.no_grad():

@@ -48,8 +48,8 @@ def test_bias_and_tying_change_the_count(make_model):
 
 def test_sizes_that_do_not_divide_are_refused():
     """Heads must share the channels evenly."""
-    with pytest.raises(UserError, match="n_embd 100.*n_head 6"):
-        GPTConfig(n_embd=100, n_head=6)
+    with pytest.raises(UserError, match="n_embd.*n_head"):
+        GPTLanguageModel(GPTConfig(n_embd=100, n_head=6))
 
 
 # ------------------------------------------------------------------------------------- the start
@@ -91,29 +91,45 @@ def test_weights_that_do_not_fit_are_named(make_model, damage):
         GPTLanguageModel.from_state(model.config, state)
 
 
-@pytest.mark.parametrize("name", ["cpu", "lecture"])
-def test_a_fresh_model_guesses(name):
+@pytest.mark.parametrize("name", ["cpu", "gpu", "lecture", "gpt2"])
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_a_fresh_model_guesses(name, tie_weights):
     """Before it has learned, the loss is about ln(V): all tokens are equally likely."""
-    model = GPTLanguageModel(preset(name, n_layer=2, vocab_size=65)).eval()
-    idx = torch.randint(65, (8, 64))
-    loss = model(idx, torch.randint(65, (8, 64)))[1]
+    config = preset(name, n_layer=2, vocab_size=65, tie_weights=tie_weights)
+    model = GPTLanguageModel(config).eval()
+    idx = torch.randint(65, (4, 64))
+    loss = model(idx, torch.randint(65, (4, 64)))[1]
     assert loss.item() == pytest.approx(math.log(65), abs=0.2)
 
 
-def test_the_start_is_that_of_gpt2():
-    """Matrices at 0.02, smaller where blocks add to the stream; norms at one, biases at zero."""
-    model = GPTLanguageModel(GPTConfig(n_layer=3, n_head=4, n_embd=128, vocab_size=512, bias=True,
-                                       positions="learned", tie_weights=False))
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_the_start(tie_weights):
+    """What adds to the stream starts at zero, what reads it does not; norms at one, no biases."""
+    config = GPTConfig(n_layer=3, n_head=4, n_embd=128, vocab_size=512, bias=True,
+                       positions="learned", tie_weights=tie_weights)
+    model = GPTLanguageModel(config)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if parameter.dim() == 1:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        elif name.endswith(("attention.proj.weight", "feed_forward.down.weight", "lm_head.weight")):
             assert not parameter.any(), name
-        elif parameter.dim() == 1:
-            assert (parameter == 1).all(), name
-        else:
-            adds = name.endswith(("attention.proj.weight", "feed_forward.down.weight"))
-            expected = 0.02 / math.sqrt(6) if adds else 0.02
+        else:  # embeddings as in GPT-2; 1 / sqrt(3 C) is PyTorch's own start
+            expected = 0.02 if "embedding" in name else 1 / math.sqrt(3 * 128)
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(parameter.mean().item()) < 0.002, name
+    x = torch.randn(2, 5, 128)
+    assert torch.equal(model.blocks[1](x), x)
+
+
+@pytest.mark.parametrize("activation, formula", [
+    ("gelu", lambda x: 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))),
+    ("relu", lambda x: x.clamp(min=0)), ("relu2", lambda x: x.clamp(min=0) ** 2),
+])
+def test_activations(make_model, activation, formula):
+    """The three of the feed-forward layer against their formulas: up, activation, down."""
+    layer = make_model(activation=activation).blocks[0].feed_forward
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer.down(formula(layer.up(x))), rtol=1e-10, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------ what it does

@@ -3,7 +3,7 @@
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python tests/benchmarks/compare.py loss --nanogpt ../nanoGPT --text tinyshakespeare.txt
     python tests/benchmarks/compare.py training --nanogpt ../nanoGPT
-    python tests/benchmarks/compare.py generation --nanogpt ../nanoGPT   # and `pip install transformers`
+    python tests/benchmarks/compare.py generation --nanogpt ../nanoGPT
 
 Each side is a process of its own, in turn, round after round; what counts is the ratio within a
 round, since machines drift. The peer's files are used as they are (a copy of the checkout, so that
@@ -44,8 +44,15 @@ def nanogpt_module(path):
 def our_config(recipe, dropout=0.0):
     """`same`: nanoGPT's model, part by part; `ours`: what our presets train, at the same size."""
     if recipe == "same":
-        return gpt.GPTConfig(**BASELINE, dropout=dropout, positions="learned", qk_norm=False,
-                             activation="gelu", tie_weights=True, attention="explicit")
+        return gpt.GPTConfig(
+            **BASELINE,
+            dropout=dropout,
+            positions="learned",
+            qk_norm=False,
+            activation="gelu",
+            tie_weights=True,
+            attention="explicit",
+        )
     return gpt.GPTConfig(**BASELINE, dropout=dropout, attention="explicit")
 
 
@@ -85,8 +92,10 @@ def child_training(side, nanogpt, dropout):
         clock = time.perf_counter()
         step()
         times.append(time.perf_counter() - clock)
-    return {"tokens_per_second": BATCH * 256 / statistics.median(times),
-            "parameters": sum(p.numel() for p in model.parameters())}
+    return {
+        "tokens_per_second": BATCH * 256 / statistics.median(times),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 def child_generation(side, nanogpt, samples):
@@ -98,21 +107,36 @@ def child_generation(side, nanogpt, samples):
         weights = [torch.randn(shape) for shape in shapes]
         vectors = {n: torch.randn(1, n) for n in (384, 1536)}
         with torch.inference_mode():
-            for clock in (0.0, time.perf_counter()):  # the first time warms up
-                for _ in range(new):
+            for tokens in (5, new):  # the first few warm up
+                clock = time.perf_counter()
+                for _ in range(tokens):
                     for weight in weights:
                         torch.nn.functional.linear(vectors[weight.size(1)], weight)
         return {"tokens_per_second": new / (time.perf_counter() - clock)}
     if side == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        model = GPT2LMHeadModel(GPT2Config(
-            vocab_size=65, n_positions=1024, n_embd=384, n_layer=6, n_head=6, bos_token_id=0,
-            eos_token_id=None)).eval()
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=65,
+                n_positions=1024,
+                n_embd=384,
+                n_layer=6,
+                n_head=6,
+                bos_token_id=0,
+                eos_token_id=None,
+            )
+        ).eval()
 
         def run(n):
-            return model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=True,
-                                  use_cache=True, pad_token_id=0)
+            return model.generate(
+                prompt,
+                max_new_tokens=n,
+                min_new_tokens=n,
+                do_sample=True,
+                use_cache=True,
+                pad_token_id=0,
+            )
     elif side == "nanogpt":
         model = build(side, nanogpt).eval()
 
@@ -123,6 +147,7 @@ def child_generation(side, nanogpt, samples):
 
         def run(n):
             return model.generate(prompt, n, temperature=1.0, top_p=1.0)
+
     run(5)
     clock = time.perf_counter()
     run(new)
@@ -151,15 +176,24 @@ def ratio(name, ours, theirs):
 def compare_training(args):
     for dropout in (0.0, 0.2):
         print(f"dropout {dropout}: training tokens/s, {BATCH} x 256, bf16 autocast")
-        results = in_turn("training", ["nanogpt", "same", "ours"], args.rounds,
-                          nanogpt=args.nanogpt, dropout=dropout)
+        results = in_turn(
+            "training",
+            ["nanogpt", "same", "ours"],
+            args.rounds,
+            nanogpt=args.nanogpt,
+            dropout=dropout,
+        )
         for side in ("same", "ours"):
             ratio(f"dropout {dropout}, {side} / nanoGPT", results[side], results["nanogpt"])
 
 
 def compare_generation(args):
-    results = in_turn("generation", ["nanogpt", "transformers", "same", "ours", "products"],
-                      args.rounds, nanogpt=args.nanogpt)
+    results = in_turn(
+        "generation",
+        ["nanogpt", "transformers", "same", "ours", "products"],
+        args.rounds,
+        nanogpt=args.nanogpt,
+    )
     for side in ("same", "ours"):
         for other in ("nanogpt", "transformers", "products"):
             ratio(f"{side} / {other}", results[side], results[other])
@@ -175,13 +209,24 @@ def compare_loss(args):
             copy, out = Path(folder) / "nanoGPT", Path(args.out)
             shutil.copytree(args.nanogpt, copy, ignore=shutil.ignore_patterns(".git"))
             shutil.copy(text, copy / "data/shakespeare_char/input.txt")
-            subprocess.run([sys.executable, "data/shakespeare_char/prepare.py"], cwd=copy, check=True,
-                           capture_output=True)
-            flags = ("--device=cpu --compile=False --eval_iters=1 --eval_interval=2000 "
-                     "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
-                     "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0").split()
-            raw = subprocess.run([sys.executable, "train.py", "config/train_shakespeare_char.py",
-                                  *flags], cwd=copy, check=True, capture_output=True, text=True).stdout
+            subprocess.run(
+                [sys.executable, "data/shakespeare_char/prepare.py"],
+                cwd=copy,
+                check=True,
+                capture_output=True,
+            )
+            flags = (
+                "--device=cpu --compile=False --eval_iters=1 --eval_interval=2000 "
+                "--log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 "
+                "--n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
+            ).split()
+            raw = subprocess.run(
+                [sys.executable, "train.py", "config/train_shakespeare_char.py", *flags],
+                cwd=copy,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
             (out / f"nanogpt-{number + 1}.txt").write_text(raw)
             times = [float(t) / 1e3 for t in re.findall(r"time ([\d.]+)ms", raw)]
             # The first and last steps hold the evaluations: they count as a median step.
@@ -191,25 +236,50 @@ def compare_loss(args):
             model = module.GPT(module.GPTConfig(**saved["model_args"]))
             model.load_state_dict(saved["model"])
             _, _, val_data, _ = gpt.load_data(str(text), "char")
-            print(f"round {number + 1}: nanoGPT {theirs:.1f} s, validation loss over the whole split "
-                  f"{gpt.estimate_loss(model, val_data):.4f}")
+            print(
+                f"round {number + 1}: nanoGPT {theirs:.1f} s, validation loss over the whole split "
+                f"{gpt.estimate_loss(model, val_data):.4f}"
+            )
             ckpt = Path(folder) / "ours.pt"
-            raw = subprocess.run([sys.executable, str(ROOT / "gpt.py"), "--train", "--preset", "cpu",
-                                  "--data", str(text), "--ckpt", str(ckpt), "--eval_interval", "100",
-                                  "--seed", str(number)], capture_output=True, text=True, check=True)
+            raw = subprocess.run(
+                [
+                    sys.executable,
+                    str(ROOT / "gpt.py"),
+                    "--train",
+                    "--preset",
+                    "cpu",
+                    "--data",
+                    str(text),
+                    "--ckpt",
+                    str(ckpt),
+                    "--eval_interval",
+                    "100",
+                    "--seed",
+                    str(number),
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
             (out / f"ours-{number + 1}.txt").write_text(raw.stdout)
-            rows = [{k: float(v) for k, v in row.items()}
-                    for row in csv.DictReader(ckpt.with_suffix(".csv").open())]
+            rows = [
+                {k: float(v) for k, v in row.items()}
+                for row in csv.DictReader(ckpt.with_suffix(".csv").open())
+            ]
             reached = next((r["seconds"] for r in rows if r["val_loss"] <= 1.88), None)
-            print(f"round {number + 1}: ours {rows[-1]['seconds']:.1f} s, ends at "
-                  f"{rows[-1]['val_loss']:.4f}; 1.88 reached after {reached} s, "
-                  f"{reached / theirs:.2f} of nanoGPT's run; whole run "
-                  f"{rows[-1]['seconds'] / theirs:.2f} of it", flush=True)
+            print(
+                f"round {number + 1}: ours {rows[-1]['seconds']:.1f} s, ends at "
+                f"{rows[-1]['val_loss']:.4f}; 1.88 reached after {reached} s, "
+                f"{reached / theirs:.2f} of nanoGPT's run; whole run "
+                f"{rows[-1]['seconds'] / theirs:.2f} of it",
+                flush=True,
+            )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what")
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     parser.add_argument("--text", help="the tiny Shakespeare file")
@@ -224,11 +294,13 @@ def main():
     elif args.what == "child-generation":
         print(json.dumps(child_generation(args.side, args.nanogpt, args.samples)))
     else:
-        commit = subprocess.run(["git", "-C", args.nanogpt, "rev-parse", "HEAD"],
-                                capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(
+            ["git", "-C", args.nanogpt, "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
         print(f"nanoGPT {commit}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-        {"loss": compare_loss, "training": compare_training,
-         "generation": compare_generation}[args.what](args)
+        {"loss": compare_loss, "training": compare_training, "generation": compare_generation}[
+            args.what
+        ](args)
 
 
 if __name__ == "__main__":

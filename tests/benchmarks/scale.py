@@ -1,6 +1,6 @@
-"""Cost against size: parameters, tokens/s in training and generation, peak memory, share of the peak.
+"""Cost against size: parameters, tokens/s, peak memory, share of the measured matrix peak.
 
-    python tests/benchmarks/scale.py                 # 0.6M, 3M, 10.7M; add 30M and 124M with --large
+    python tests/benchmarks/scale.py  # --large adds 30M and 124M
     python tests/benchmarks/scale.py --text-gb 1     # encode a text of 1 GB: seconds and memory
 
 Each size runs in a process of its own, so that the peak of its memory is its own.
@@ -19,18 +19,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import gpt  # noqa: E402
 
-SIZES = {"cpu preset": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch=8),
-         "3M": dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch=16),
-         "baseline": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch=16),
-         "30M": dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch=16),
-         "124M": dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch=4, vocab_size=50257)}
+SIZES = {
+    "cpu preset": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch=8),
+    "3M": dict(n_layer=4, n_head=4, n_embd=256, block_size=256, batch=16),
+    "baseline": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch=16),
+    "30M": dict(n_layer=10, n_head=8, n_embd=512, block_size=256, batch=16),
+    "124M": dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch=4, vocab_size=50257),
+}
 
 
 def measure(name):
     size = dict(SIZES[name])
     batch = size.pop("batch")
     torch.manual_seed(0)
-    model = gpt.GPTLanguageModel(gpt.GPTConfig(**{"vocab_size": 65, "attention": "explicit", **size}))
+    model = gpt.GPTLanguageModel(
+        gpt.GPTConfig(**{"vocab_size": 65, "attention": "explicit", **size})
+    )
     optimizers = model.make_optimizers(gpt.TrainConfig())
     T, V = size["block_size"], model.config.vocab_size
     x = torch.randint(V, (batch, T))
@@ -56,10 +60,14 @@ def measure(name):
     model.generate(x[:1], 50)
     parameters = sum(p.numel() for p in model.parameters())
     speed = batch * T / sorted(times)[1]
-    return {"size": name, "parameters": parameters, "training tokens/s": round(speed),
-            "share of peak": round(6 * parameters * speed / peak, 2),
-            "generated tokens/s": round(50 / (time.perf_counter() - clock)),
-            "peak memory MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    return {
+        "size": name,
+        "parameters": parameters,
+        "training tokens/s": round(speed),
+        "share of peak": round(6 * parameters * speed / peak, 2),
+        "generated tokens/s": round(50 / (time.perf_counter() - clock)),
+        "peak memory MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
 
 
 def encode(gigabytes):
@@ -72,13 +80,17 @@ def encode(gigabytes):
     _, train, val, about = gpt.load_data(str(path), "char")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     path.unlink()
-    return {"text": about, "seconds": round(time.perf_counter() - clock, 1),
-            "bytes of memory per character": round(peak * 1024 / (len(train) + len(val)), 2)}
+    return {
+        "text": about,
+        "seconds": round(time.perf_counter() - clock, 1),
+        "bytes of memory per character": round(peak * 1024 / (len(train) + len(val)), 2),
+    }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--size")
     parser.add_argument("--text-gb", type=float)
