@@ -23,7 +23,7 @@ def tokens(*shape, vocab_size=13):
 def record(model):
     """A list that is given the scores (B, V) of every step from now on."""
     steps = []
-    model.lm_head.register_forward_hook(lambda head, args, out: steps.append(out.clone()))
+    model.lm_head.register_forward_hook(lambda head, args, out: steps.append(out[:, -1].clone()))
     return steps
 
 
@@ -32,7 +32,9 @@ def script(model, *steps):
     steps = [torch.tensor(step, dtype=torch.float64) for step in steps]
 
     def replace(head, args, out):
-        return (steps.pop(0) if len(steps) > 1 else steps[0]).expand(out.shape).clone()
+        step = steps.pop(0) if len(steps) > 1 else steps[0]
+        return step.unsqueeze(-2).expand(out.shape).clone() if step.dim() > 1 else (
+            step.expand(out.shape).clone())
 
     model.lm_head.register_forward_hook(replace)
     return model
@@ -459,7 +461,7 @@ def test_beams_find_what_greed_misses(make_model):
     def scores(head, args, out):
         """After 0 come 1 (0.6) or 2 (0.4); after 1 anything; after 2 surely 0."""
         table = torch.tensor([[1e-9, 0.6, 0.4], [0.34, 0.33, 0.33], [1.0, 1e-9, 1e-9]]).log()
-        return table[last].to(out.dtype)
+        return table[last].to(out.dtype)[:, None]
 
     last = []
     model.token_embedding.register_forward_hook(

@@ -113,8 +113,9 @@ def test_the_start(tie_weights):
             assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
         elif name.endswith(("attention.proj.weight", "feed_forward.down.weight", "lm_head.weight")):
             assert not parameter.any(), name
-        else:  # embeddings as in GPT-2; 1 / sqrt(3 C) is PyTorch's own start
-            expected = 0.02 if "embedding" in name else 1 / math.sqrt(3 * 128)
+        else:  # embeddings as in GPT-2 unless tied; 1 / sqrt(3 C) is PyTorch's own start
+            embedding = 1 / 128 if tie_weights else 0.02
+            expected = embedding if "embedding" in name else 1 / math.sqrt(3 * 128)
             assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
             assert abs(parameter.mean().item()) < 0.002, name
     x = torch.randn(2, 5, 128)

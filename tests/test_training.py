@@ -3,6 +3,7 @@ import csv
 import math
 import random
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,9 +92,10 @@ def scale_the_loss(monkeypatch, factor):
     """Multiply the loss (and so the gradients) of every model by a factor while training."""
     real = gpt.GPTLanguageModel.forward
 
-    def forward(self, idx, targets=None):
-        logits, loss = real(self, idx, targets)
-        return logits, loss if loss is None or not self.training else loss * factor
+    def forward(self, idx, targets=None, **more):
+        logits, loss = real(self, idx, targets, **more)
+        trains = loss is not None and self.training and torch.is_grad_enabled()
+        return logits, loss * factor if trains else loss
 
     monkeypatch.setattr(gpt.GPTLanguageModel, "forward", forward)
 
@@ -665,11 +667,13 @@ def test_wandb_gets_the_losses(folder, monkeypatch):
     history = train(wandb="mine-to-test")["history"]
     wandb.finish()
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    content = path.read_bytes()  # protocol buffers: text stands in it as it is
-    assert b"mine-to-test" in content
-    for row in history:
-        assert str(row["val_loss"]).encode() in content
-        assert str(row["train_loss"]).encode() in content
+    losses = [str(row[name]).encode() for row in history for name in ("train_loss", "val_loss")]
+    for _ in range(100):  # its service writes the file in its own time
+        content = path.read_bytes()  # protocol buffers: text stands in it as it is
+        if all(text in content for text in (b"mine-to-test", *losses)):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"{len(content)} bytes without the losses")
 
 
 @pytest.mark.parametrize("library, flags", [("wandb", {"wandb": "tests"}), ("tqdm", {}),
@@ -702,9 +706,9 @@ def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, capsys, at_step, pr
     monkeypatch.chdir(Path("text.txt").resolve().parent)
 
 
-@pytest.mark.parametrize("flags", [{"learning_rate": 1e9}, {"learning_rate": 1e12},
-                                   {"optimizer": "muon", "muon_learning_rate": 1e12},
-                                   {"weight_decay": 1e12}])
+@pytest.mark.parametrize("flags", [{"learning_rate": 1e5}, {"learning_rate": 1e8},
+                                   {"optimizer": "muon", "muon_learning_rate": 1e8},
+                                   {"weight_decay": 1e8}])
 def test_an_absurd_rate_never_replaces_the_best_model(capsys, flags):
     """Whether the numbers overflow or only make no sense, what is kept opens and is the best."""
     assert gpt.main(command(TINY | flags)) in (0, 2)
