@@ -130,8 +130,8 @@ class SampleConfig(Options):
     stop: str = option("", "end once this text is written")
 
 PRESETS = {  # README.md says how long each takes, and to which loss
-    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=2400,
-                learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
+    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
+                eval_interval=300, learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
     "laptop": dict(n_head=4, n_embd=256, dropout=0.15, max_iters=3000, attention="explicit"),
     "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
@@ -268,7 +268,8 @@ class MultiHeadAttention(nn.Module):
         if self.config.qk_norm:  # bounds the scores, so that large steps can't blow them up
             qk = F.layer_norm(qk, qk.shape[-1:])
         if rotation is not None:  # channels i and i + hs/2 turn together
-            qk = qk * rotation[0] + qk.roll(C // nh // 2, dims=-1) * rotation[1]
+            cos, sin = (table.to(qk.dtype) for table in rotation)
+            qk = qk * cos + qk.roll(C // nh // 2, dims=-1) * sin
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(dim=2), v))  # each (B, nh, T, hs)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
@@ -364,7 +365,7 @@ class GPTLanguageModel(nn.Module):
         if learned:
             x = x + self.position_embedding(positions)  # (B, T, C) + (T, C)
         else:
-            rotation = [table.to(x.dtype) for table in self.rotation(positions)]
+            rotation = self.rotation(positions)
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x, rotation, cache, maps)
@@ -773,6 +774,7 @@ def train(**flags):
         except Exception as error:
             say(f"torch.compile failed, so the run goes on without it: {str(error)[:200]}")
             network = model
+    gradients(0)  # the first pass is slower than those that follow
     clock, per_step, steps = time.perf_counter(), T * B * passes * world, config.max_iters
     gradients(0).item()
     minutes = (time.perf_counter() - clock) * steps / 60
