@@ -541,7 +541,8 @@ def load_data(name, tokenizer):
         if tokenizer == "char" or tokenizer.kind == "char":
             tokenizer = CharTokenizer.from_text(text, known)
         if known and len(tokenizer.stoi) > len(known):
-            about += f", new to the model: {''.join(tokenizer.stoi)[len(known) :]!r}"
+            new = "".join(tokenizer.stoi)[len(known) :]
+            about += f", {sum(map(text.count, new)) / len(text):.2%} new to the model: {new!r}"
         ids = tokenizer.encode(text)
     split = int(0.9 * len(ids))
     return tokenizer, ids[:split], ids[split:], f"{about}, {len(ids):,} tokens"
