@@ -66,13 +66,11 @@ def test_weights_are_tied_by_identity_also_after_loading(tmp_path, tie_weights):
         torch.testing.assert_close(each.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_loaded_weights_are_copies(make_model):
-    """Training a model made from a state leaves the state as it was."""
-    model = make_model(torch.float32)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    again = GPTLanguageModel.from_state(model.config, model.state_dict())
-    nn.init.zeros_(again.ln_f.weight)
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+def test_a_model_takes_over_the_weights_of_a_state(make_model):
+    """No second copy of a large model's weights is made on the way."""
+    state = make_model(torch.float32).state_dict()
+    again = GPTLanguageModel.from_state(make_model(torch.float32).config, state)
+    assert all(p.data_ptr() == state[name].data_ptr() for name, p in again.named_parameters())
 
 
 @pytest.mark.parametrize("damage", ["missing", "left over", "shape", "not a number"])
