@@ -83,6 +83,11 @@ def load(to_transformers, ckpt, folder):
     return theirs.eval(), AutoTokenizer.from_pretrained(folder), folder
 
 
+def row(ids):
+    """Ids (T,) as a batch of one, (1, T)."""
+    return torch.tensor([[int(i) for i in ids]])
+
+
 def alphabet(text):
     return gpt.CharTokenizer({s: i for i, s in enumerate(sorted(set(text)))})
 
@@ -110,7 +115,7 @@ def assert_same_logits(ours, theirs, rows=2):
 
 def assert_same_greedy_text(ours, theirs, tokenizer, prompt="\nTo be,  "):
     """20 tokens that are the likeliest, with and without a cache, after this and other prompts."""
-    ids = ours.context(tokenizer.encode(prompt))
+    ids = row(tokenizer.encode(prompt))
     ids = torch.cat((ids, torch.randint(tokenizer.vocab_size, (7, ids.size(1)))))
     expected = ours.generate(ids, 20, tokenizer, temperature=0.0)
     assert len(expected.unique()) > 8 and ids.size(1) + 20 <= ours.config.block_size
@@ -204,7 +209,7 @@ def test_spare_ids_are_never_written(kind, out, characters, bpe):
     with torch.no_grad():
         ours.lm_head.weight[-40:] *= 5  # else they might not be the likeliest
     theirs, _, _ = out(ours, tokenizer)
-    ids = ours.context([1, 2])
+    ids = row([1, 2])
     assert ours.generate(ids, 20, temperature=0.0).max() >= tokenizer.vocab_size
     assert_same_logits(ours, theirs)
     assert_same_greedy_text(ours, theirs, tokenizer)
@@ -282,7 +287,7 @@ def test_gpt2_fails_past_its_context(out, characters):
     """As the guide warns: our own model goes on."""
     ours = randomised(**CONFIGS["learned: gelu"])
     theirs = out(ours, characters)[0]
-    ids = ours.context(characters.encode("O" * 30))
+    ids = row(characters.encode("O" * 30))
     assert ours.generate(ids, 10).shape == (1, 40)
     with pytest.raises(IndexError), contextlib.redirect_stderr(io.StringIO()):
         theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10)
