@@ -348,7 +348,7 @@ def test_a_model_that_came_in_gets_out(out, bpe, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "folder" / name).rename(tmp_path / "in" / name)
     ours, tokenizer = gpt.train(init_from=str(tmp_path / "in"), ckpt=str(tmp_path / "tuned.pt"),
-                                max_iters=2, eval_interval=2, eval_tokens=64, batch_size=2,
+                                max_iters=2, eval_interval=2, batch_size=2,
                                 preset="cpu", device="cpu", precision="fp32", data="input.txt")
     theirs, their_tokenizer, _ = out(ours.eval(), tokenizer)
     assert type(theirs) is GPT2LMHeadModel
