@@ -5,7 +5,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from torch import nn
 
 import gpt
 from gpt import CharTokenizer, GPTConfig, GPTLanguageModel, TrainConfig, UserError
