@@ -331,9 +331,12 @@ class GPTLanguageModel(nn.Module):
         self.config, (C, nh) = config, (config.n_embd, config.n_head)
         # Rotary positions turn channels in pairs.
         check(C % (2 * nh) == 0, f"--n_embd {C} must be an even multiple of --n_head {nh}.")
-        self.token_embedding = nn.Embedding(config.vocab_size, C)
+        # A tied head reads the embedding back: only a small one leaves it guessing at the start.
+        def table(rows, std=1 / C if config.tie_weights else 0.02):
+            return nn.Embedding.from_pretrained(torch.normal(0.0, std, (rows, C)), freeze=False)
+        self.token_embedding = table(config.vocab_size)
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.block_size, C)
+            self.position_embedding = table(config.block_size)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(C, bias=config.bias)
@@ -341,9 +344,6 @@ class GPTLanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight", "lm_head.weight", "bias")):
                 nn.init.zeros_(parameter)  # at first each block adds nothing, and the head guesses
-            elif name.endswith("embedding.weight"):
-                # A tied head reads the embedding back: only a small one leaves it guessing.
-                nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
         self.tie()
 
     def tie(self):
