@@ -224,7 +224,7 @@ CHANGES = {
     8: ([2], "(q / math.sqrt(q.size(-1)))", "(q / 1)"),
     9: ([2], "is_causal=T > 1", "is_causal=False"),
     10: ([2], ".triu(1 + S - T)", ".triu(2 + S - T)"),
-    11: ([2], "        if config.tie_weights:", "        if True:"),
+    11: ([2], "config.tie_weights:  # tokens", "config.tie_weights or True:  # tokens"),
     12: ([2], "nn.init.zeros_(parameter)", "nn.init.normal_(parameter)"),
     13: ([2, 5, 12], "return x + self.feed_forward(self.ln_2(x))",
          "return (x + self.feed_forward(self.ln_2(x))).detach()"),
