@@ -1,0 +1,349 @@
+"""The walkthrough: the file's own properties, its bootstrap, its asserts and its exercises.
+
+pytest.ini has nbval run the whole notebook; here, only the sections that a test needs are run.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+import gpt
+
+PATH = ROOT / "gpt_walkthrough.ipynb"
+BOOK = nbformat.read(PATH, as_version=4)
+CODE = [cell for cell in BOOK.cells if cell.cell_type == "code"]
+
+
+def by_section():
+    """{section number: its cells}; what stands before section 1 is 0, after the last one -1."""
+    sections, number = {}, 0
+    for cell in BOOK.cells:
+        for title in re.findall(r"(?m)^## (.*)", cell.source):
+            number = int(title.split(".")[0]) if title[0].isdigit() else -1
+        sections.setdefault(number, []).append(cell)
+    return sections
+
+
+SECTIONS = by_section()
+SOURCES = {number: [cell.source for cell in cells if cell.cell_type == "code"]
+           for number, cells in SECTIONS.items()}
+
+
+def outputs():
+    """Each output's kinds and text, pictures left out."""
+    for cell in CODE:
+        for output in cell.outputs:
+            data = {kind: text for kind, text in output.get("data", {}).items()
+                    if not kind.startswith("image/")}
+            yield output.output_type, json.dumps([output.get("text", ""), data])
+
+
+# ---------------------------------------------------------------------------------- the file
+def test_size_and_execution_counts():
+    """One run from top to bottom, small enough that GitHub shows it."""
+    assert PATH.stat().st_size <= 10**6
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+
+
+def test_outputs_are_clean():
+    """No errors, warnings, progress bars or widgets, and nothing of the machine that ran it."""
+    assert "widgets" not in BOOK.metadata
+    for kind, text in outputs():
+        assert kind in ("stream", "display_data", "execute_result"), text
+        assert "widget" not in text and r"\r" not in text and "it/s" not in text
+        assert "Warning" not in text
+    for text in [text for _, text in outputs()] + [cell.source for cell in BOOK.cells]:
+        assert not re.search(r"/(tmp|home|root|work|usr|opt|mnt|Users)/", text), text
+    assert not any(output.get("name") == "stderr" for cell in CODE for output in cell.outputs)
+
+
+def test_cells_are_short():
+    for cell in CODE:
+        lines = cell.source.splitlines()
+        assert len(lines) <= 32 and max(map(len, lines)) <= 100, cell.source
+
+
+def test_every_section_predicts_shows_and_asserts():
+    assert [number for number in SECTIONS if number > 0] == list(range(1, 23))
+    for number in range(1, 23):
+        text = "\n".join(cell.source for cell in SECTIONS[number] if cell.cell_type == "markdown")
+        assert "> **Predict before you run.**" in text, f"section {number}"
+    for number in range(1, 23):
+        cells = [cell for cell in SECTIONS[number] if cell.cell_type == "code"]
+        asserts = [node for cell in cells for node in ast.walk(ast.parse(cell.source))
+                   if isinstance(node, ast.Assert)]
+        assert asserts and all(node.msg for node in asserts), f"section {number}"
+        pictures = [output for cell in cells for output in cell.outputs
+                    if "image/png" in output.get("data", {})]
+        assert pictures or number == 1, f"section {number} shows no figure"
+
+
+def test_no_second_copy_of_gpt():
+    """It imports gpt, and defines nothing of the same name."""
+    defined = {node.name for cell in CODE for node in ast.walk(ast.parse(cell.source))
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    theirs = {name for name, thing in vars(gpt).items()
+              if getattr(thing, "__module__", "") == "gpt"}
+    assert not defined & theirs
+    assert "import gpt" in SOURCES[1][1]
+
+
+def test_prose_quotes_no_measured_loss():
+    """A number with two decimals in prose would contradict the outputs one day."""
+    for cell in BOOK.cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"```.*?```|https?://\S+", "", cell.source, flags=re.S)
+            assert not re.search(r"\b\d\.\d\d", text), text
+
+
+# ----------------------------------------------------------------------------- the bootstrap
+def bootstrap(tmp_path, where, url="/absent", before=""):
+    """Run the first cell in a folder; returns the process, which prints gpt's place and WORK."""
+    kaggle = tmp_path / "kaggle"
+    cell = SOURCES[1][0].replace('Path("/kaggle")', f"Path({str(kaggle)!r})")
+    cell, count = re.subn(r'(?m)^REPO_URL = "[^"]*"', f"REPO_URL = {str(url)!r}", cell)
+    assert count == 1 and str(kaggle) in cell
+    code = f"{before}\n{cell}\nimport gpt\nprint(gpt.PLACE, FOLDER, WORK, sep='|')"
+    env = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-c", code], cwd=where, env=env, text=True,
+                          capture_output=True)
+
+
+def stub(folder, place):
+    """A folder with a gpt.py that says where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpt.py").write_text(f"PLACE = {place!r}\n")
+    return folder
+
+
+def repository(folder):
+    """A git repository in place of the one at REPO_URL."""
+    stub(folder, "clone")
+    git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run(git + command, check=True)
+    return folder
+
+
+def told(process):
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()[-1].split("|")
+
+
+def test_bootstrap_beside(tmp_path):
+    here = stub(tmp_path / "here", "beside")
+    stub(tmp_path / "kaggle" / "input" / "set", "kaggle")  # what lies beside wins
+    (tmp_path / "kaggle" / "working").mkdir()
+    place, folder, _ = told(bootstrap(tmp_path, here, repository(tmp_path / "remote")))
+    assert (place, folder) == ("beside", str(here))
+
+
+def test_bootstrap_kaggle_input(tmp_path):
+    """Attached as a data set, read-only: found however deep, and written to nowhere."""
+    deep = stub(tmp_path / "kaggle" / "input" / "set" / "a" / "b", "kaggle")
+    working = tmp_path / "kaggle" / "working"
+    working.mkdir()
+    folders = [deep, *deep.parents][:4]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        before = sorted((tmp_path / "kaggle" / "input").rglob("*"))
+        place, folder, work = told(bootstrap(tmp_path, working))
+        assert (place, folder, work) == ("kaggle", str(deep), str(working))
+        assert sorted((tmp_path / "kaggle" / "input").rglob("*")) == before
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+
+
+def test_bootstrap_clone(tmp_path):
+    """Alone, it clones REPO_URL; run again, it takes the clone that is there."""
+    alone, url = tmp_path / "alone", repository(tmp_path / "remote")
+    alone.mkdir()
+    place, folder, _ = told(bootstrap(tmp_path, alone, url))
+    assert (place, folder) == ("clone", str(alone / "gpt-from-scratch"))
+    assert told(bootstrap(tmp_path, alone, "/absent"))[0] == "clone"
+
+
+def test_bootstrap_clone_on_kaggle(tmp_path):
+    """With internet but no data set, the clone goes where Kaggle lets us write."""
+    working = tmp_path / "kaggle" / "working"
+    (tmp_path / "kaggle" / "input").mkdir(parents=True)
+    working.mkdir()
+    place, folder, _ = told(bootstrap(tmp_path, tmp_path, repository(tmp_path / "remote")))
+    assert (place, folder) == ("clone", str(working / "gpt-from-scratch"))
+
+
+@pytest.mark.parametrize("before", ["", "import os; os.environ['PATH'] = ''"])
+def test_bootstrap_finds_nothing(tmp_path, before):
+    """One clear sentence, with or without git, and no half of a clone left behind."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    process = bootstrap(tmp_path, alone, tmp_path / "absent", before)
+    assert process.returncode
+    last = process.stderr.splitlines()[-1]
+    assert re.match(r"FileNotFoundError: gpt.py is neither .* attach the repository", last), last
+    assert not list(alone.iterdir())
+
+
+def test_bootstrap_drive(tmp_path):
+    """On Colab, Drive is mounted only if it is asked for."""
+    here = stub(tmp_path / "here", "beside")
+    colab = ("import sys, types\nfor name in ('google', 'google.colab'):\n"
+             "    sys.modules[name] = types.ModuleType(name)\n"
+             "drive = types.SimpleNamespace(mount=lambda place: print('mounted', place))\n"
+             "sys.modules['google.colab'].drive = drive")
+    process = bootstrap(tmp_path, here, before=colab)
+    assert told(process)[2] == str(here) and "mounted" not in process.stdout
+    yes = SOURCES[1][0].replace("USE_DRIVE = False", "USE_DRIVE = True")
+    assert yes != SOURCES[1][0]
+    code = f"{colab}\n{yes}\nprint('', '', WORK, sep='|')"
+    process = subprocess.run([sys.executable, "-c", code], cwd=here, text=True,
+                             capture_output=True)
+    assert "mounted /content/drive" in process.stdout
+    assert told(process)[2] == "/content/drive/MyDrive"
+
+
+# ------------------------------------------------------------------ asserts that notice things
+# section: (sections that it needs, a part of a line of gpt.py, what to put in its place)
+CHANGES = {
+    2: ([], "int(0.9 * len(", "int(0.8 * len("),
+    3: ([2], 'return "".join([self.itos', 'return "x".join([self.itos'),
+    4: ([2], "return passages[:, :-1], passages[:, 1:]",
+        "return passages[:, :-1], passages[:, :-1]"),
+    5: ([2], "return (total[0] / total[1]).item()", "return (total[0] / total[1]).item() * 2"),
+    6: ([2], ", weights  # (T, S) @ (S, hs)", " / 2, weights  # (T, S) @ (S, hs)"),
+    7: ([2], 'float("-inf")), dim=-1)', 'float("-inf")), dim=-2)'),
+    8: ([2], "(q / math.sqrt(q.size(-1)))", "(q / 1)"),
+    9: ([2], "is_causal=T > 1", "is_causal=False"),
+    10: ([2], ".triu(1 + S - T)", ".triu(2 + S - T)"),
+    11: ([2], "config.tie_weights:  # tokens", "config.tie_weights or True:  # tokens"),
+    12: ([2], "nn.init.zeros_(parameter)", "nn.init.normal_(parameter)"),
+    13: ([2, 5, 12], "return x + self.feed_forward(self.ln_2(x))",
+         "return (x + self.feed_forward(self.ln_2(x))).detach()"),
+    16: ([2], "how.top_k or", "how.top_k + 1 or"),
+    18: ([2], "maps.append(weights)", "maps.append(weights * 2)"),
+    17: ([2], "torch.arange(start, start + T", "torch.arange(0, T"),
+}
+RUNNER = r"""
+import contextlib, io, json, os, sys, traceback
+import matplotlib
+matplotlib.use("Agg")
+job = json.load(sys.stdin)
+import torch
+torch.set_num_threads(1)
+
+def execute(folder, sections, space):
+    '''None, or [the section that failed, the kind of error, its message].'''
+    os.chdir(folder)
+    sys.modules.pop("gpt", None)
+    for number in sections:
+        for source in job["sources"][str(number)]:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(compile(source, f"section {number}", "exec"), space)
+            except Exception as error:
+                return [number, type(error).__name__, str(error)]
+            if "def show" in source:
+                space["show"] = space["plt"].close
+    return None
+
+said, space = {}, {}
+said["unchanged"] = execute(job["unchanged"], job["needed"], space)
+for name, (solution, check) in job["exercises"].items():
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(check, space)
+        for code in (solution, check, job["wrong"][name], check):
+            exec(code, space)
+    said[name] = printed.getvalue().splitlines()
+for number, (folder, sections) in job["changes"].items():
+    said[number] = execute(folder, sections, {})
+print("\n" + json.dumps(said))
+"""
+
+
+def exercises():
+    """{name: [solution, the cell that checks it]}: a solution is folded away below its check."""
+    found, check = {}, ""
+    for cell in BOOK.cells:
+        if cell.cell_type == "code" and 'print("Exercise' in cell.source:
+            check = cell.source
+        elif check and "<details>" in cell.source:
+            (solution,) = re.findall(r"```python\n(.*?)```", cell.source, re.S)
+            found[re.findall(r'print\("(Exercise \w+)', check)[0]] = [solution, check]
+    return found
+
+
+EXERCISES = exercises()
+WRONG = {  # a common mistake, and what the check should say about it
+    "Exercise 5": ("def trigram_loss(train_ids, val_ids, V): return np.log(V)", "blind guess"),
+    "Exercise 11": ("""
+def count_parameters(V, T, C, L, qkv_bias=False, tied=False, left_out=0):
+    block = 4 * C + 3 * C * C + 8 * C * C + 5 * C
+    return V * C + T * C + L * block + 2 * C + C * V + V
+""", "attention's output projection is missing"),
+    "Exercise 16": ("def min_p_rule(probs, min_p): return probs * (probs >= min_p * probs.max())",
+                    "divide what is left by its sum"),
+    "Exercise 22a": ("def bits_per_character(nats, characters): return nats / characters",
+                     "still in nats"),
+    "Exercise 22b": ("def cache_bytes(L, C, T, size=2, groups=1): return L * C * T * size",
+                     "keys AND values"),
+    "Exercise 22c": ("def hidden(T, window): return torch.ones(T, T).triu(1) == 1", "sees 6")}
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What becomes of each change and each exercise: one process runs them all, one by one."""
+    def copy(name, text):
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "gpt.py").write_text(text, encoding="utf-8")
+        for name in ("input.txt", "checkpoints"):
+            (folder / name).symlink_to(ROOT / name)
+        return str(folder)
+
+    text, changed = (ROOT / "gpt.py").read_text(encoding="utf-8"), {}
+    for number, (needs, old, new) in CHANGES.items():
+        if text.count(old) >= 1:  # else its own test says so
+            changed[number] = [copy(f"change{number}-", text.replace(old, new, 1)),
+                               [1, *needs, number]]
+    needed = {1, *CHANGES, *(n for needs, *_ in CHANGES.values() for n in needs)} - {18}  # slow
+    stubs = [source for source in SOURCES[22] if source.endswith("\n    ...")]  # of its exercises
+    job = {"sources": SOURCES | {22: stubs}, "unchanged": copy("unchanged", text),
+           "needed": [*sorted(needed), 22], "exercises": EXERCISES, "changes": changed,
+           "wrong": {name: code for name, (code, _) in WRONG.items()}}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps(job), text=True,
+                             capture_output=True, env=env, cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_asserts_hold(said):
+    assert said["unchanged"] is None
+
+
+@pytest.mark.parametrize("number", CHANGES)
+def test_assert_notices_change(said, number):
+    """One line of gpt.py changed: the assert of that section, and no earlier one, says so."""
+    _, old, _ = CHANGES[number]
+    assert str(number) in said, f"gpt.py no longer has {old!r}: change another line of it"
+    assert said[str(number)], f"section {number} didn't notice that {old!r} was changed"
+    where, kind, message = said[str(number)]
+    assert (where, kind) == (number, "AssertionError") and len(message) > 20, said[str(number)]
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercise(said, name):
+    """Open at first; the folded solution is right; a common mistake is called by its name."""
+    before, after, wrong = said[name]
+    assert "open" in before, before
+    assert "right" in after and "off" not in after, after
+    assert WRONG[name][1] in wrong, wrong
