@@ -789,8 +789,8 @@ def train(**flags):
     clock, per_step, steps = time.perf_counter(), T * B * passes * world, config.max_iters
     gradients(0).item()
     a_step, clock = 1.3 * (time.perf_counter() - clock), time.perf_counter()  # with the optimizer
-    estimate_loss(model, val_data, min(len(val_data), config.eval_tokens) // 20)  # a 25th of it all
-    an_evaluation = 25 * (time.perf_counter() - clock)
+    estimate_loss(model, val_data, max(1, min(len(val_data), config.eval_tokens) // 20))
+    an_evaluation = 25 * (time.perf_counter() - clock)  # of the training split a quarter as much
     minutes = (steps * a_step + (1 + steps // config.eval_interval) * an_evaluation) / 60
     model.zero_grad()
     say(f"{about}\n{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device} "
