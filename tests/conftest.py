@@ -1,6 +1,7 @@
 """What several test files share: tiny models, the text, and a vocabulary trained on it."""
 
 import os
+import random
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import configuration, settings
 from tokenizers import ByteLevelBPETokenizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import gpt
 
@@ -18,12 +20,61 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")  # not here
 ROOT = Path(gpt.__file__).resolve().parent
+WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
+TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
+
+
+def run(*words):
+    """The exit code of a command; argparse leaves by SystemExit."""
+    try:
+        return gpt.main([str(word) for word in words])
+    except SystemExit as end:
+        return end.code
 
 
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test starts from the same random numbers, whichever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """A folder of its own for a test to work in; curves are not drawn."""
+    monkeypatch.chdir(tmp_path)
+    picture = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
+    return tmp_path
+
+
+@pytest.fixture
+def short_samples(monkeypatch):
+    """What a run shows of its writing is three tokens long."""
+    generate = gpt.GPTLanguageModel.generate
+    monkeypatch.setattr(gpt.GPTLanguageModel, "generate", lambda self, idx, n=3, *args, **how:
+                        generate(self, idx, min(n, 3), *args, **how))
+
+
+@pytest.fixture
+def at_step():
+    """at_step(n, action): call action in the n-th step from now, once AdamW has stepped."""
+    handles = []
+
+    def plan(n, action):
+        count = 0
+
+        def hook(optimizer, args, kwargs):
+            nonlocal count
+            count += isinstance(optimizer, torch.optim.AdamW)
+            if count == n and isinstance(optimizer, torch.optim.AdamW):
+                count += 1000  # once only, whatever the action runs
+                action()
+
+        handles.append(register_optimizer_step_post_hook(hook))
+
+    yield plan
+    for handle in handles:
+        handle.remove()
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from conftest import TEXT
 
 import gpt
 
-WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
-TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=20,
             eval_interval=5, eval_tokens=256, optimizer="adamw", learning_rate=3e-3, dropout=0.2,
             schedule="cosine", warmup_iters=4, device="cpu", precision="fp32", data="text.txt",
@@ -24,38 +22,10 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iter
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A folder of its own for every test, with a small text; no pictures, short samples."""
-    monkeypatch.chdir(tmp_path)
-    picture = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
-    generate = gpt.GPTLanguageModel.generate
-    monkeypatch.setattr(gpt.GPTLanguageModel, "generate", lambda self, idx, n=3, *args, **how:
-                        generate(self, idx, min(n, 3), *args, **how))
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return tmp_path
-
-
-@pytest.fixture
-def at_step():
-    """at_step(n, action): call action in the n-th step from now, once AdamW has stepped."""
-    handles = []
-
-    def plan(n, action):
-        count = 0
-
-        def hook(optimizer, args, kwargs):
-            nonlocal count
-            count += isinstance(optimizer, torch.optim.AdamW)
-            if count == n and isinstance(optimizer, torch.optim.AdamW):
-                count += 1000  # once only, whatever the action runs
-                action()
-
-        handles.append(register_optimizer_step_post_hook(hook))
-
-    yield plan
-    for handle in handles:
-        handle.remove()
+def folder(empty_folder, short_samples):
+    """A folder of its own for every test, with a small text."""
+    (empty_folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return empty_folder
 
 
 def command(**flags):

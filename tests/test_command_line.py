@@ -1,7 +1,6 @@
 """What a person types, and what comes back: text on stdout, the rest on stderr, an exit code."""
 import io
 import os
-import random
 import subprocess
 import sys
 from dataclasses import fields
@@ -9,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEXT, run
 
 import gpt
 
-WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
-TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
 TINY = ("--train --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 4 --max_iters 2 "
         "--eval_interval 2 --eval_tokens 99 --optimizer adamw --device cpu --data text.txt").split()
 
@@ -30,22 +28,11 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch, trained):
+def folder(empty_folder, trained):
     """A folder of its own for every test, with a text and with model.pt."""
-    monkeypatch.chdir(tmp_path)
-    picture = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    (tmp_path / "model.pt").write_bytes(trained)
-    return tmp_path
-
-
-def run(*words):
-    """The exit code of a command; argparse leaves by SystemExit."""
-    try:
-        return gpt.main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code
+    (empty_folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (empty_folder / "model.pt").write_bytes(trained)
+    return empty_folder
 
 
 @pytest.fixture

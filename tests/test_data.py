@@ -1,7 +1,6 @@
 """From a text to batches of token ids, and the loss that is measured on them."""
 import hashlib
 import http.server
-import random
 import socket
 import threading
 from dataclasses import asdict
@@ -10,33 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TEXT, run
 
 import gpt
 
-WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
-TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
 TINY = ("--train --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 4 --max_iters 3 "
         "--eval_interval 3 --eval_tokens 256 --optimizer adamw --device cpu --ckpt run.pt").split()
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """An empty folder of its own for every test; no pictures, short samples."""
-    monkeypatch.chdir(tmp_path)
-    picture = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
-    generate = gpt.GPTLanguageModel.generate
-    monkeypatch.setattr(gpt.GPTLanguageModel, "generate", lambda self, idx, n=3, *args, **how:
-                        generate(self, idx, min(n, 3), *args, **how))
-    return tmp_path
-
-
-def run(*words):
-    """The exit code of a command; argparse leaves by SystemExit."""
-    try:
-        return gpt.main([str(word) for word in words])
-    except SystemExit as end:
-        return end.code
+def folder(empty_folder, short_samples):
+    """An empty folder of its own for every test."""
+    return empty_folder
 
 
 def refusal(capsys, *words):

@@ -1,6 +1,5 @@
 """torchrun: two processes with gloo on the CPU train as one process with twice the batch."""
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -8,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TEXT
 
 import gpt
 
-WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
-TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
 FLAGS = ("--train --init_from start.pt --data text.txt --ckpt run.pt --device cpu --precision fp32 "
          "--optimizer adamw --learning_rate 1e-3 --schedule constant --eval_interval 3 "
          "--eval_tokens 512 --gradient_accumulation_steps 2").split()

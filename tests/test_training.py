@@ -9,31 +9,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import TEXT
 from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 import gpt
 
-WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
-TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
 TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=10,
             eval_interval=5, eval_tokens=256, optimizer="adamw", learning_rate=3e-3, device="cpu",
             precision="fp32", data="text.txt", ckpt="run.pt")
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    """A folder of its own for every test, with a small text; no pictures, short samples."""
-    monkeypatch.chdir(tmp_path)
-    picture = "matplotlib.figure.Figure.savefig"
-    monkeypatch.setattr(picture, lambda self, file, **how: file.write(b"picture"))
-    generate = gpt.GPTLanguageModel.generate
-    monkeypatch.setattr(gpt.GPTLanguageModel, "generate", lambda self, idx, n=3, *args, **how:
-                        generate(self, idx, min(n, 3), *args, **how))
-    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
-    return tmp_path
+def folder(empty_folder, short_samples):
+    """A folder of its own for every test, with a small text."""
+    (empty_folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return empty_folder
 
 
 def train(**flags):
@@ -51,27 +43,6 @@ def stored(path="run.pt"):
 def command(flags):
     """The same flags as words of a command line."""
     return ["--train", *(str(word) for k, v in flags.items() for word in (f"--{k}", v))]
-
-
-@pytest.fixture
-def at_step():
-    """at_step(n, action): call action in the n-th step of the run, once AdamW has stepped."""
-    handles = []
-
-    def plan(n, action):
-        count = 0
-
-        def hook(optimizer, args, kwargs):
-            nonlocal count
-            count += isinstance(optimizer, torch.optim.AdamW)
-            if count == n and isinstance(optimizer, torch.optim.AdamW):
-                action()
-
-        handles.append(register_optimizer_step_post_hook(hook))
-
-    yield plan
-    for handle in handles:
-        handle.remove()
 
 
 @pytest.fixture
