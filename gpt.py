@@ -913,6 +913,7 @@ def sample(**flags):
     model, tokenizer, about = open_model(how.ckpt)
     model.eval().to(choose_device(how.device)).config.attention = how.attention
     data, steps, loss = (about.get(key, "unknown") for key in ("data", "iteration", "best"))
+    loss = f"{loss:.4f}" if isinstance(loss, float) else loss
     print(f"Text: {data}; steps: {steps}; validation loss: {loss}", file=sys.stderr)
     if how.prompt_file:
         with explain(f"{how.prompt_file} can't be read"):
