@@ -2,13 +2,14 @@
 
     python gpt.py --train                              # learn input.txt (--data my.txt: any text)
     python gpt.py --sample --ckpt gpt_checkpoint.pt    # write with what was learnt
+    torchrun --nproc_per_node=8 gpt.py --train         # the same on eight GPUs
 
     token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> scores (B, T, V)
     Block: x ---+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 |          (look at the past)           |   |    (think about what was seen)  |
                 +---------------------------------------+   +---------------------------------+
 Shapes stand at the lines that make them: B sequences in a batch, T positions, C channels (n_embd),
-nh heads of hs channels each, V tokens in the vocabulary.
+nh heads of hs channels each, S positions that can be looked at, V tokens in the vocabulary.
 """
 # /// script
 # requires-python = ">=3.10"
@@ -86,7 +87,7 @@ class GPTConfig(Options):
 
 @dataclass
 class TrainConfig(Options):
-    """How to train; a preset replaces some of these defaults."""
+    """How to train; a preset (auto: cpu or gpu) replaces defaults here and in GPTConfig."""
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint to write, or to sample from")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the arithmetic", "auto", "fp32", "bf16", "fp16")
@@ -106,7 +107,7 @@ class TrainConfig(Options):
     warmup_iters: int = option(0, "steps over which the learning rate rises")
     schedule: str = option("linear", "how it falls", "linear", "cosine", "constant")
     eval_interval: int = option(250, "steps between evaluations, each of which saves", low=1)
-    eval_tokens: int = option(131_072, "tokens of the validation split to read, at most", low=1)
+    eval_tokens: int = option(131_072, "tokens of the validation split to read, about", low=1)
     compile: bool = option(False, "torch.compile: slow to start, then faster on a GPU")
     wandb: str = option("", "Weights & Biases project to log to")
 
@@ -132,7 +133,8 @@ class SampleConfig(Options):
 PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
                 eval_interval=300, learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.15, max_iters=3000, attention="explicit"),
+    "laptop": dict(n_head=4, n_embd=256, dropout=0.15, max_iters=3000, muon_learning_rate=0.02,
+                   attention="explicit"),
     "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
                     optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
@@ -216,24 +218,24 @@ class BPETokenizer(CharTokenizer):
 
 # ----------------------------------------------------------------------------------- 3. the model
 class Head(nn.Module):
-    """One attention head: every position asks the past a question and mixes the answers it gets.
+    """One attention head: a query q asks the past, keys k match it, their values v are mixed.
 
     softmax(Q K^T / sqrt(hs) + mask) V: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.
     It has no parameters; given (B, nh, T, hs) it is all heads of a layer, side by side.
     """
     def forward(self, q, k, v):
-        """q (..., T, hs), the last T of S positions; k, v (..., S, hs) -> like q; (..., T, S)."""
+        """q (..., T, hs), the last T of S; k, v (..., S, hs) -> mix like q, weights (..., T, S)."""
         # Without the root, scores would grow with hs and the softmax would pick one position only.
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (T, hs) @ (hs, S) -> (T, S)
         T, S = scores.shape[-2:]
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)  # the mask
         weights = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1)  # exp(-inf) is 0
         return weights.to(v.dtype) @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
 class KVCache:
     """Keys and values of the tokens read so far, so that each is read once: a ring of block_size.
 
-    Full, the newest replaces the oldest: right for rotary scores, which depend on distances only.
+    Full (rotary only), the newest replaces the oldest; a fresh window would have forgotten more.
     """
     def __init__(self, model, batch_size):
         c, weight = model.config, model.lm_head.weight
@@ -253,7 +255,7 @@ class Dropout(nn.Dropout):
             return x
         if x.device.type != "cpu":
             return super().forward(x)
-        # A random byte for each value takes a CPU half the time of a random float for each.
+        # Random bytes, 8 to an int64, cost a CPU half of floats; the share is rounded to 1/256.
         drawn = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-(2**63), None)
         kept = drawn.view(torch.uint8)[: x.numel()].view(x.shape) >= round(256 * self.p)
         return x * (kept.to(x.dtype) / (1 - round(256 * self.p) / 256))
@@ -268,7 +270,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x, rotation=None, cache=None, maps=None):
-        """x (B, T, C) -> (B, T, C); a list `maps` is given the weights (B, nh, T, S)."""
+        """x (B, T, C) -> (B, T, C); a list `maps` is given attention weights (B, nh, T, S)."""
         (B, T, C), nh = x.shape, self.config.n_head
         qkv = self.qkv(x).view(B, T, 3, nh, C // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, T, 2, nh, hs), (B, T, nh, hs)
@@ -281,7 +283,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
         if self.config.attention == "fused" and maps is None:
-            # One query at the end of a cache sees all; is_causal would show it the first key only.
+            # The same mask; T > 1 means that S = T. A single newest query may see all keys.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         else:
             out, weights = self.head(q, k, v)  # (B, nh, T, hs), (B, nh, T, S)
@@ -331,7 +333,7 @@ class GPTLanguageModel(nn.Module):
         self.config, (C, nh) = config, (config.n_embd, config.n_head)
         # Rotary positions turn channels in pairs.
         check(C % (2 * nh) == 0, f"--n_embd {C} must be an even multiple of --n_head {nh}.")
-        # A tied head reads the embedding back: only a small one leaves it guessing at the start.
+        # Tied to lm_head, a small embedding gives near-equal scores: it starts by guessing.
         def table(rows, std=1 / C if config.tie_weights else 0.02):
             return nn.Embedding.from_pretrained(torch.normal(0.0, std, (rows, C)), freeze=False)
         self.token_embedding = table(config.vocab_size)
@@ -343,7 +345,7 @@ class GPTLanguageModel(nn.Module):
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight", "lm_head.weight", "bias")):
-                nn.init.zeros_(parameter)  # at first each block adds nothing, and the head guesses
+                nn.init.zeros_(parameter)  # at first blocks add nothing, and lm_head guesses
         self.tie()
 
     def tie(self):
@@ -352,7 +354,7 @@ class GPTLanguageModel(nn.Module):
 
     def rotation(self, positions):
         """Rotary positions (RoFormer, arXiv 2104.09864): cos and sin for each, (T, 1, 1, hs)."""
-        # Turned in proportion to their positions, a query and a key score by their distance.
+        # Both turned by position x speed, a query times a key depends on their distance only.
         hs = self.config.n_embd // self.config.n_head
         dtype = torch.float32 if positions.device.type == "mps" else torch.float64
         speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device, dtype=dtype) / hs)
@@ -361,7 +363,7 @@ class GPTLanguageModel(nn.Module):
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def forward(self, idx, targets=None, cache=None, maps=None):
-        """idx, targets (B, T) -> logits (B, T, V) and, given targets, the mean loss in nats.
+        """idx, targets (B, T) -> scores, called logits, (B, T, V) and, given targets, their loss.
 
         The loss at a position is -log(the probability that the model gave to the token that came).
         A cache takes up to block_size tokens, then one at a time, and gives the last one's logits.
@@ -381,7 +383,7 @@ class GPTLanguageModel(nn.Module):
             x = block(x, rotation, cache, maps)
         if cache:
             cache.length, x = start + T, x[:, -1:]  # only the newest position is of use
-        logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V), or (B, 1, V) with a cache
         if targets is None:
             return logits, None
         return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -455,7 +457,7 @@ class GPTLanguageModel(nn.Module):
         room = self.config.block_size
         count = 1 if cache.length else room
         if cache.length == room and self.config.positions == "learned":
-            cache.length, count = 0, max(1, room // 2)  # no position is left: start on a half
+            cache.length, count = 0, max(1, room // 2)  # no position is left: reread a half
         logits = self(tokens[:, -count:], cache=cache)[0][:, -1].float()
         if tokenizer:  # a model may have spare ids that stand for nothing
             logits[:, tokenizer.vocab_size :] = float("-inf")
@@ -518,7 +520,7 @@ def probabilities(logits, how):
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     values, kept = (logits / how.temperature).topk(min(how.top_k or 2**40, logits.size(-1)))
     probs = F.softmax(values, dim=-1)  # (B, k), the likeliest first
-    # The smallest set that reaches top_p (arXiv 1904.09751): while those before fall short of it.
+    # Drop a token if the likelier ones reach top_p (arXiv 1904.09751); drawing rescales the rest.
     probs[:, 1:] *= probs.cumsum(dim=-1)[:, :-1] < how.top_p
     return torch.zeros_like(logits).scatter(1, kept, probs)
 
@@ -528,7 +530,7 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def load_data(name, tokenizer):
-    """Returns tokenizer, ids to train on, ids to validate with (the last tenth), a line on them.
+    """Returns tokenizer, ids to train on, ids to validate with (of a text: its last tenth), a line.
 
     tokenizer: the name of a new one, or one to go on with, whose alphabet may grow.
     """
@@ -566,7 +568,7 @@ def get_batch(data, block_size, batch_size, rng=None, device="cpu", starts=None)
     return passages[:, :-1], passages[:, 1:]
 
 def average_over_processes(*tensors):
-    """Replace each tensor by its mean over all processes, in one exchange (under torchrun only)."""
+    """Replace each tensor by its mean over torchrun's processes, one for each GPU, if there are."""
     if dist.is_initialized():
         flat = nn.utils.parameters_to_vector(tensors)
         dist.all_reduce(flat)
@@ -654,7 +656,7 @@ def choose_precision(name, device):
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 def learning_rate_factor(step, config):
-    """The share of the highest learning rate that a step takes, never 0: up, level, then down."""
+    """The share of the highest rate at a step: warm-up, then the schedule (linear: 30 % level)."""
     if step < config.warmup_iters:
         return (step + 1) / config.warmup_iters
     start = max(config.warmup_iters, 0.3 * config.max_iters if config.schedule == "linear" else 0)
@@ -764,8 +766,8 @@ def train(**flags):
 
     def gradients(step):
         """Add up the gradients of this process's share of a step; returns its mean loss."""
-        # Each step has seeds of its own: so a resumed run needs no generator's state, and 1 x 8
-        # passages are the same as 4 x 2, in one process or in several.
+        # Each step has its own seeds: a resumed run needs no generator's state, and the passages
+        # don't depend on how passes and processes share them (dropout does).
         rng = torch.Generator().manual_seed(config.seed + 1_000_003 * step)
         torch.manual_seed(config.seed + 1_000_003 * step + rank)  # for dropout
         x, y = get_batch(train_data, T, B * passes * world, rng, device)
@@ -861,7 +863,7 @@ def train(**flags):
                     scaler.step(optimizer)
             scaler.update()
             model.zero_grad()
-            stopping = status[1] > 0 if world > 1 else stops  # all processes stop at the same step
+            stopping = status[1] > 0 if world > 1 else stops  # told to one, all stop at one step
             if stopping or step % 10 == 0:
                 loss = status[0].item()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
