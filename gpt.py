@@ -773,7 +773,10 @@ def train(**flags):
                         "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                     check({key: t.shape for key, t in old.items()} == shapes and all(
                         t.is_contiguous() for t in old.values()), "it is damaged")
-            scaler.load_state_dict(run.pop("scaler"))
+            known, old = scaler.state_dict(), run.pop("scaler")
+            check([(k, type(old[k])) for k in old] == [(k, type(known[k])) for k in known],
+                  "it is damaged")
+            scaler.load_state_dict(old)
 
     def gradients(step):
         """Add up the gradients of this process's share of a step; returns its mean loss."""

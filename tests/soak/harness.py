@@ -47,6 +47,8 @@ def start(folder, action, memory=None):
     """Fork a child that runs action() in a folder, its output in files there; returns its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for name in ("stdout", "stderr"):
+        (Path(folder) / name).write_bytes(b"")
     if pid := os.fork():
         return pid
     code, generate = 99, gpt.GPTLanguageModel.generate
@@ -55,7 +57,7 @@ def start(folder, action, memory=None):
     try:
         os.chdir(folder)
         for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+            os.dup2(os.open(name, os.O_WRONLY), number)
         sys.stdin = io.StringIO()
         sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False)
                                   for number in (1, 2))
