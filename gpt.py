@@ -619,7 +619,7 @@ def load_checkpoint(path, device="cpu"):
             check(not any(entry.compress_type for entry in archive.infolist()), "it is compressed")
             check(not archive.testzip(), "its checksums don't match")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        check(content.pop("format", 1) <= 1, "a newer gpt.py wrote it")
+        check(int(content.pop("format", 1)) <= 1, "a newer gpt.py wrote it")
         state = {name.replace("module.", "").replace("_orig_mod.", ""): tensor
                  for name, tensor in content.pop("model_state_dict").items()}
         # A few bytes can claim to be a tensor of any size, by steps of 0 from number to number.
@@ -725,6 +725,7 @@ def train(**flags):
             model, tokenizer, held = load_checkpoint(resume_file)
             run = {key: held[key] for key in (*run, "best", "train_config", "optimizers", "scaler")}
             saved = asdict(TrainConfig(**run["train_config"])) | asdict(model.config)
+            saved["wandb"] = ""  # a file can't turn on what sends to the network
             row = dict(iteration=int, train_loss=float, val_loss=float, tokens=int, seconds=float)
             check([type(run[key]) for key in ("iteration", "history", "seconds", "fingerprint")]
                   == [int, list, float, str] and run["history"] and run["iteration"] >= 0 and all(
@@ -812,7 +813,8 @@ def train(**flags):
         f"{minutes:.1f} minutes. Guessing is a loss of {math.log(architecture.vocab_size):.4f}.")
     if config.wandb and rank == 0:
         import wandb
-        wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
+        with explain(f"--wandb {config.wandb} can't be logged to: try `wandb login`"):
+            wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
     if rank == 0 and not config.resume:
         set_aside(ckpt, say)
     history, stops, stopping, last = run["history"], [], False, True  # stops: signals so far

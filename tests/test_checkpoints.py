@@ -734,19 +734,40 @@ def test_a_damaged_resume_file_is_refused_and_kept(capsys, folder):
 SPREAD = torch.zeros(1, dtype=torch.float16).expand(2**24, 8)  # two bytes that claim 268 million
 
 
-@pytest.mark.parametrize("name", ["a weight", "the head too", "ids of tensors"])
+@pytest.mark.parametrize("name", ["weights", "ids of tensors", "a version"])
 def test_a_small_file_cannot_claim_large_tensors(model, alphabet, name):
     """Steps of 0 from number to number; and ids that only look like numbers."""
     gpt.save_checkpoint("file.pt", model, alphabet)
     content = stored("file.pt")
     if name == "ids of tensors":
         content["stoi"] = {s: torch.tensor(i) for s, i in content["stoi"].items()}
+    elif name == "a version":
+        content["format"] = SPREAD
     else:
         content["hyperparameters"]["vocab_size"] = len(SPREAD)
         content["model_state_dict"]["token_embedding.weight"] = SPREAD
         content["model_state_dict"]["lm_head.weight"] = SPREAD
     torch.save(content, "file.pt")
+    before = peak()
     assert_refused("file.pt")
+    assert peak() < before + 100
+
+
+def peak():
+    """MiB of memory that this process has had at most."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs /proc")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def test_a_resume_file_cannot_turn_the_network_on(at_step, monkeypatch):
+    """Weights & Biases takes a flag."""
+    at_step(1, kill())
+    assert command() == 143
+    rewritten("run.resume.pt", lambda content: content["train_config"].update(wandb="theirs"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert resume("--max_iters", 3) == 0
 
 
 def test_byte_pairs_without_all_bytes_are_refused(model, alphabet):
