@@ -102,13 +102,13 @@ def refused_well(done, folder, name="written"):
 
 def disk(folder, how):
     """No more room from the n-th write on, for every n until a run gets through."""
-    reference, n = whole(folder), 1
+    reference, n, words = whole(folder), 1, [*FLAGS, "--max_iters", 2]
     while True:
         here = prepare(folder / "run")
 
         def fill(n=n):
             builtins.open = io.open = FullDisk(n)
-            return harness.command(*FLAGS)
+            return harness.command(*words)
 
         done = finish(start(here, fill), here)
         if done.code == 0:
@@ -116,12 +116,12 @@ def disk(folder, how):
         yield f"write {n} fails", refused_well(done, here) or goes_on(here, reference)
         n += how.every
     size = (reference / "run.resume.pt").stat().st_size
-    for limit in range(0, size, 4096 * how.every):
+    for limit in range(2048, size, 2048 * how.every):
         here = prepare(folder / "run")
 
         def limited(limit=limit):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (max(limit, 4096), resource.RLIM_INFINITY))
-            return harness.command(*FLAGS)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            return harness.command(*words)
 
         done = finish(start(here, limited), here)
         yield (f"files of at most {limit} bytes",
@@ -183,7 +183,7 @@ def console(folder, how):
     """No terminal at all, a closed input, a reader that goes away."""
     reference = whole(folder)
     words = [f'"{sys.executable}"', "-B", f'"{gpt.__file__}"', *map(str, FLAGS)]
-    python = f"OMP_NUM_THREADS=1 {' '.join(words)}"
+    python = f"env OMP_NUM_THREADS=1 {' '.join(words)}"
     for name, line, codes in (("setsid", f"setsid -w {python} </dev/null >out 2>err", (0,)),
                               ("closed", f"{python} <&- >&- 2>&-", (0,)),
                               ("nohup", f"nohup {python} >out 2>&1", (0,)),

@@ -87,7 +87,8 @@ def alter(tensor, chance):
         lambda: tensor.reshape(-1)[:1].expand(tensor.shape), lambda: tensor.double(),
         lambda: tensor.half(), lambda: tensor.long(), lambda: tensor * NAN, lambda: tensor * INF,
         lambda: tensor + 1e30, lambda: -tensor, lambda: torch.cat((tensor.flatten(),) * 3),
-        lambda: tensor.T, lambda: tensor.to_sparse(), lambda: tensor.to(torch.complex64),
+        lambda: tensor.transpose(0, -1), lambda: tensor.to_sparse(),
+        lambda: tensor.to(torch.complex64),
         lambda: torch.empty(0), lambda: tensor.bool()])()
 
 
@@ -109,7 +110,7 @@ def mutate(content, chance):
             node[chance.choice([hostile_key(chance), f"{key}."])] = hostile_value(chance)
         elif kind == "add":
             node.append(hostile_value(chance))
-        elif kind == "alter" and isinstance(node[key], torch.Tensor):
+        elif kind == "alter" and torch.is_tensor(node[key]) and node[key].numel() < 10**6:
             node[key] = alter(node[key], chance)
         elif kind == "alter" and type(node[key]) in (int, float):
             node[key] = chance.choice([-node[key], node[key] * 1000, node[key] + 1, str(node[key]),

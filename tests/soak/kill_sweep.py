@@ -147,18 +147,13 @@ def sweep(folder, how):
     watch, chance = Watch(), random.Random(how.seed)
     how.reference = folder / "whole"
     harness.warm_up()
-    for _ in range(2):  # the first is slower than all that follow
-        prepare(how.reference)
-        pid, began = start(how.reference, lambda: training(watch)), time.monotonic()
-        how.duration = finish(pid, how.reference) and time.monotonic() - began
-    watch.clear()
     pid, began = start(prepare(how.reference), lambda: training(watch)), time.monotonic()
     wait_for(watch, ("write best model", "fsync", "rename"), pid)
     save_began = time.monotonic()
     while not watch.saves and watch.phase != "end" and time.monotonic() < began + 60:
         time.sleep(0.0002)
     how.first_save = time.monotonic() - save_began
-    result = finish(pid, how.reference)
+    result, how.duration = finish(pid, how.reference), time.monotonic() - began
     assert result.code == 0 and watch.steps == STEPS, result.err
     print(f"uninterrupted: {how.duration:.2f} s, the first save {1000 * how.first_save:.0f} ms",
           flush=True)
