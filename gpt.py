@@ -152,7 +152,7 @@ class CharTokenizer:
         """stoi, string to integer, gives each token its id; itos is the way back."""
         self.stoi, self.itos, self.vocab_size = stoi, {i: s for s, i in stoi.items()}, len(stoi)
         self.dtype = np.uint8 if self.vocab_size <= 2**8 else np.uint16
-        check(sorted(self.itos) == list(range(self.vocab_size)) and 0 < self.vocab_size <= 2**16,
+        check(set(self.itos) == set(range(self.vocab_size)) and 0 < self.vocab_size <= 2**16,
               "A vocabulary needs 1 to 65,536 tokens, with ids that count up from 0.")
 
     @classmethod
@@ -191,6 +191,7 @@ class BPETokenizer(CharTokenizer):
         """In stoi a byte stands as the character of the same number, from 0 to 255."""
         from tiktoken import Encoding
         super().__init__(stoi)
+        check(stoi.keys() >= set(map(chr, range(256))), "A byte is missing: no text could have it.")
         ranks = {s.encode("latin-1"): i for s, i in stoi.items()}
         end = {s: ranks.pop(s.encode()) for s in ["<|endoftext|>"] if s in stoi}
         self.encoding = Encoding("", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=end)
@@ -401,7 +402,8 @@ class GPTLanguageModel(nn.Module):
         with explain("These are not the weights of such a model"):
             with torch.device("meta"):  # takes neither memory nor time before it has its weights
                 model = cls(config)
-            model.load_state_dict({name: t.float() for name, t in state.items()}, assign=True)
+            state = {name: tensor.float().contiguous() for name, tensor in state.items()}
+            model.load_state_dict(state, assign=True)
             wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
             check(not wrong, f"{wrong} have values that are not finite")
         model.tie()
@@ -619,9 +621,11 @@ def load_checkpoint(path, device="cpu"):
             check(not any(entry.compress_type for entry in archive.infolist()), "it is compressed")
             check(not archive.testzip(), "its checksums don't match")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        check(content.pop("format", 1) <= 1, "a newer gpt.py wrote it")
+        check(int(content.pop("format", 1)) <= 1, "a newer gpt.py wrote it")
         state = {name.replace("module.", "").replace("_orig_mod.", ""): tensor
                  for name, tensor in content.pop("model_state_dict").items()}
+        # A few bytes can claim to be a tensor of any size, by steps of 0 from number to number.
+        check(sum(t.nbytes for t in state.values()) <= 2 * os.path.getsize(path), "it lacks bytes")
         config = GPTConfig(**content.pop("hyperparameters"))
         kinds = {"char": CharTokenizer, "bpe": BPETokenizer}
         tokenizer = kinds[content.pop("tokenizer", "char")](content.pop("stoi"))
@@ -720,10 +724,15 @@ def train(**flags):
            "fingerprint": ""}
     if flags.get("resume"):
         with explain(f"{resume_file} does not hold the state of a run"):
-            model, tokenizer, run = load_checkpoint(resume_file)
+            model, tokenizer, held = load_checkpoint(resume_file)
+            run = {key: held[key] for key in (*run, "best", "train_config", "optimizers", "scaler")}
             saved = asdict(TrainConfig(**run["train_config"])) | asdict(model.config)
+            saved["wandb"] = ""  # a file can't turn on what sends to the network
+            row = dict(iteration=int, train_loss=float, val_loss=float, tokens=int, seconds=float)
             check([type(run[key]) for key in ("iteration", "history", "seconds", "fingerprint")]
-                  == [int, list, float, str], "it is damaged")
+                  == [int, list, float, str] and run["history"] and run["iteration"] >= 0 and all(
+                  {key: type(old[key]) for key in old} == row for old in run["history"]),
+                  "it is damaged")
             check(not ckpt.exists() or load_checkpoint(ckpt)[2].get("run_id") == run["run_id"],
                   f"{ckpt} is of another run")
     elif flags.get("init_from"):
@@ -761,8 +770,16 @@ def train(**flags):
     if config.resume:
         with explain(f"{resume_file} does not hold the state of a run"):
             for optimizer, state in zip(optimizers, run.pop("optimizers"), strict=True):
-                optimizer.load_state_dict(state)
-            scaler.load_state_dict(run.pop("scaler"))
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
+                for p, old in optimizer.state.items():  # its kernels trust these shapes blindly
+                    shapes = {"momentum_buffer": p.shape} if optimizer is not optimizers[0] else {
+                        "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                    check({key: t.shape for key, t in old.items()} == shapes and all(
+                        t.is_contiguous() for t in old.values()), "it is damaged")
+            known, old = scaler.state_dict(), run.pop("scaler")
+            check([(k, type(old[k])) for k in old] == [(k, type(known[k])) for k in known],
+                  "it is damaged")
+            scaler.load_state_dict(old)
 
     def gradients(step):
         """Add up the gradients of this process's share of a step; returns its mean loss."""
@@ -801,7 +818,8 @@ def train(**flags):
         f"{minutes:.1f} minutes. Guessing is a loss of {math.log(architecture.vocab_size):.4f}.")
     if config.wandb and rank == 0:
         import wandb
-        wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
+        with explain(f"--wandb {config.wandb} can't be logged to: try `wandb login`"):
+            wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
     if rank == 0 and not config.resume:
         set_aside(ckpt, say)
     history, stops, stopping, last = run["history"], [], False, True  # stops: signals so far
@@ -815,7 +833,7 @@ def train(**flags):
             raise KeyboardInterrupt(number)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=steps * per_step, initial=run["iteration"] * per_step, unit="token",
-               unit_scale=True, disable=True if rank else None)  # None: only on a terminal
+               unit_scale=True, disable=rank > 0 or not sys.stderr or None)  # None: on a terminal
     loss = 0.0
     try:
         for step in range(run["iteration"], steps + 1):

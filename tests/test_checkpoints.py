@@ -699,3 +699,90 @@ def test_a_damaged_resume_file_is_refused_and_kept(capsys, folder):
     assert resume() == 2
     assert "run.resume.pt" in capsys.readouterr().err and len(path.read_bytes()) == 5000
     assert gpt.main(["--sample", "--ckpt", "run.pt", "--max_new_tokens", "5"]) == 0
+
+
+SPREAD = torch.zeros(1, dtype=torch.float16).expand(2**24, 8)  # two bytes that claim 268 million
+
+
+@pytest.mark.parametrize("name", ["weights", "ids of tensors", "a version"])
+def test_a_small_file_cannot_claim_large_tensors(model, alphabet, name):
+    """Steps of 0 from number to number; and ids that only look like numbers."""
+    gpt.save_checkpoint("file.pt", model, alphabet)
+    content = stored("file.pt")
+    if name == "ids of tensors":
+        content["stoi"] = {s: torch.tensor(i) for s, i in content["stoi"].items()}
+    elif name == "a version":
+        content["format"] = SPREAD
+    else:
+        content["hyperparameters"]["vocab_size"] = len(SPREAD)
+        content["model_state_dict"]["token_embedding.weight"] = SPREAD
+        content["model_state_dict"]["lm_head.weight"] = SPREAD
+    torch.save(content, "file.pt")
+    before = peak()
+    assert_refused("file.pt")
+    assert peak() < before + 100
+
+
+def peak():
+    """MiB of memory that this process has had at most."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs /proc")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) // 1024
+
+
+def test_a_resume_file_cannot_turn_the_network_on(at_step, monkeypatch):
+    """Weights & Biases takes a flag."""
+    at_step(1, kill())
+    assert command() == 143
+    rewritten("run.resume.pt", lambda content: content["train_config"].update(wandb="theirs"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert resume("--max_iters", 3) == 0
+
+
+def test_byte_pairs_without_all_bytes_are_refused(model, alphabet):
+    """A letter that has no token would be the end of the tokenizer, not a sentence."""
+    gpt.save_checkpoint("file.pt", model, alphabet)
+    rewritten("file.pt", lambda content: content.update(tokenizer="bpe"))
+    assert_refused("file.pt", "byte")
+
+
+BAD_STATES = {
+    "short": lambda state: state.update(exp_avg=torch.ones(1)),
+    "a number": lambda state: state.update(exp_avg=torch.tensor(1.0)),
+    "long": lambda state: state.update(exp_avg_sq=torch.ones(9999)),
+    "spread": lambda state: state.update(exp_avg=torch.ones(1).expand_as(state["exp_avg"])),
+    "a missing one": lambda state: state.pop("exp_avg"),
+    "many steps": lambda state: state.update(step=torch.ones(1000)),
+    "no tensor": lambda state: state.update(step="many"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_optimizer_states_of_other_shapes_are_refused(capsys, at_step, name):
+    """The fused kernel doesn't look: it would read and write beyond the end of them."""
+    at_step(1, kill())
+    assert command() == 143
+    rewritten("run.resume.pt", lambda c: BAD_STATES[name](c["optimizers"][0]["state"][0]))
+    capsys.readouterr()
+    assert resume() == 2
+    assert "run.resume.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [
+    dict(history=[]), dict(history=[1, 2]), dict(history=[{"val_loss": 1.0}]), dict(iteration=-5),
+    dict(history=[dict(iteration="0", train_loss=1.0, val_loss=1.0, tokens=0, seconds=0.0)])])
+def test_a_history_that_makes_no_sense_gets_a_sentence(capsys, at_step, change):
+    """Rows without losses, losses that are words, no rows."""
+    at_step(1, kill())
+    assert command() == 143
+    rewritten("run.resume.pt", lambda content: content.update(change))
+    assert resume() == 2
+
+
+def test_names_that_a_resume_file_has_too_many_are_left_out(at_step):
+    """They could be those of a function's arguments."""
+    at_step(1, kill())
+    assert command() == 143
+    rewritten("run.resume.pt", lambda content: content.update({"path": 1, "model": 2, 7: 8}))
+    assert resume() == 0

@@ -376,3 +376,11 @@ def test_the_program_explains_a_mistake(folder):
     done = program("--train", "--data", "nowhere.txt")
     assert done.returncode == 2 and done.stdout == b""
     assert len(done.stderr.splitlines()) == 1 and b"nowhere.txt" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_the_program_trains_without_a_console(folder, closed):
+    """Any of stdin, stdout and stderr closed."""
+    command = " ".join([f'"{sys.executable}" -B "{gpt.__file__}"', *TINY, "--ckpt run.pt", closed])
+    assert subprocess.run(["bash", "-c", command], timeout=120).returncode == 0
+    assert gpt.load_checkpoint("run.pt")[2]["iteration"] in (0, 2) and Path("run.csv").exists()
