@@ -1,16 +1,14 @@
 """Options that meet one another: each pair of values in at least one run of the real program."""
 import itertools
-import random
 import shutil
 
 import pytest
 import torch
+from conftest import TEXT
 from torch.nn.modules.module import register_module_forward_hook
 
 import gpt
 
-WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
-TEXT = " ".join(random.Random(0).choices(WORDS, k=600))
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 VALUES = {"tokenizer": ("char", "bpe"), "attention": ("fused", "explicit"),
           "precision": ("fp32", "bf16", "fp16"), "passes": (1, 2), "resume": (False, True),
