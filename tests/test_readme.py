@@ -32,7 +32,7 @@ def test_every_flag_exists():
     r"(?:checkpoints|notes|tests)/[\w./]*\w|\w+\.(?:ipynb|txt)\b", README)) - {"my.txt"}))
 def test_every_file_exists(path):
     """Links, pictures and files that are spoken of."""
-    assert (ROOT / path).exists() or path == "requirements.txt"
+    assert (ROOT / path).exists()
 
 
 def test_the_sentences_of_the_troubleshooting_are_the_program_s():

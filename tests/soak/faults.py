@@ -14,7 +14,6 @@ import builtins
 import io
 import random
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,18 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
 import torch  # noqa: E402
-from harness import RUN, TEXT, finish, gpt, run, start, stored  # noqa: E402
+from harness import RUN, TEXT, finish, gpt, prepare, run, start, stored  # noqa: E402
 
 FLAGS = [*RUN, *"--max_iters 8 --eval_interval 2 --schedule constant".split()]
 RESUME = "--train --resume --ckpt run.pt --max_iters 8".split()
-
-
-def prepare(folder):
-    """An empty folder with the text."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    return folder
 
 
 def whole(folder):

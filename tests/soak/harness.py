@@ -4,6 +4,7 @@ import io
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -33,6 +34,14 @@ SIZES = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 4 --devi
 RUN = ["--train", *SIZES, *"--precision fp32 --dropout 0.1 --eval_tokens 99 --data text.txt "
        "--ckpt run.pt".split()]
 MIB = 2**20
+
+
+def prepare(folder):
+    """An empty folder with the text."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
 
 
 def command(*words):

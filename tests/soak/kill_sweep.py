@@ -14,7 +14,6 @@ end and must have the weights and losses, to the bit, of the run that nobody kil
 import argparse
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,19 +24,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
-from harness import RUN, TEXT, Watch, finish, gpt, run, start, stored  # noqa: E402
+from harness import RUN, Watch, finish, gpt, prepare, run, start, stored  # noqa: E402
 
 INTERVAL, STEPS = 4, 40
 FLAGS = [*RUN, "--max_iters", STEPS, "--eval_interval", INTERVAL]
 RESUME = "--train --resume --ckpt run.pt".split()
-
-
-def prepare(folder):
-    """An empty folder with the text."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
-    return folder
 
 
 def training(watch):
