@@ -255,7 +255,7 @@ def compare_loss(args):
                     "--ckpt",
                     str(ckpt),
                     "--eval_interval",
-                    "100",
+                    "25",
                     "--seed",
                     str(number),
                 ],
