@@ -1,22 +1,26 @@
 """Cost against size: parameters, tokens/s, peak memory, share of the measured matrix peak.
 
     python tests/benchmarks/scale.py  # --large adds 30M and 124M
-    python tests/benchmarks/scale.py --text-gb 1     # encode a text of 1 GB: seconds and memory
+    python tests/benchmarks/scale.py --processes  # torchrun's two processes against one
 
 Each size runs in a process of its own, so that the peak of its memory is its own.
 """
 
 import argparse
+import csv
 import json
+import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import gpt  # noqa: E402
 
 SIZES = {
@@ -70,21 +74,26 @@ def measure(name):
     }
 
 
-def encode(gigabytes):
-    text = Path(__file__).resolve().parents[2].joinpath("input.txt").read_text(encoding="utf-8")
-    path = Path("large.txt")
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(int(gigabytes * 1e9 / len(text)) + 1):
-            file.write(text)
-    before, clock = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    _, train, val, about = gpt.load_data(str(path), "char")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    path.unlink()
-    return {
-        "text": about,
-        "seconds": round(time.perf_counter() - clock, 1),
-        "bytes of memory per character": round(peak * 1024 / (len(train) + len(val)), 2),
-    }
+def processes(name):
+    """Training tokens/s of the program: one process with all threads, and two that share them."""
+    size = dict(SIZES[name])
+    batch, threads = size.pop("batch"), torch.get_num_threads()
+    rates = {}
+    for count in (1, 2):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        flags = dict(size, batch_size=batch // count, max_iters=100_000 // (batch * size["block_size"]),
+                     attention="explicit", data=ROOT / "input.txt", ckpt="run.pt", device="cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(
+                [sys.executable, *torchrun * (count - 1), ROOT / "gpt.py", "--train",
+                 *[str(word) for key, value in flags.items() for word in (f"--{key}", value)]],
+                cwd=folder, check=True, capture_output=True,
+                env=os.environ | {"OMP_NUM_THREADS": str(max(1, threads // count))})
+            with open(Path(folder) / "run.csv", encoding="utf-8") as file:
+                last = list(csv.DictReader(file))[-1]
+        rates[count] = float(last["tokens"]) / float(last["seconds"])
+    return {"size": name, **{f"tokens/s of {n}": round(rate) for n, rate in rates.items()},
+            "2 / 1": round(rates[2] / rates[1], 2)}
 
 
 if __name__ == "__main__":
@@ -93,12 +102,13 @@ if __name__ == "__main__":
     )
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--size")
-    parser.add_argument("--text-gb", type=float)
+    parser.add_argument("--processes", action="store_true")
     args = parser.parse_args()
     if args.size:
         print(json.dumps(measure(args.size)))
-    elif args.text_gb:
-        print(encode(args.text_gb))
+    elif args.processes:
+        for name in list(SIZES)[:3]:
+            print(json.dumps(processes(name)), flush=True)
     else:
         for name in list(SIZES)[: 5 if args.large else 3]:
             subprocess.run([sys.executable, __file__, "--size", name], check=True)
