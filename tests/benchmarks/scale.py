@@ -78,11 +78,11 @@ def processes(name):
     """Training tokens/s of the program: one process with all threads, and two that share them."""
     size = dict(SIZES[name])
     batch, threads = size.pop("batch"), torch.get_num_threads()
-    rates = {}
+    rates, steps = {}, 100_000 // (batch * size["block_size"])
     for count in (1, 2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        flags = dict(size, batch_size=batch // count, max_iters=100_000 // (batch * size["block_size"]),
-                     attention="explicit", data=ROOT / "input.txt", ckpt="run.pt", device="cpu")
+        flags = dict(size, batch_size=batch // count, max_iters=steps, attention="explicit",
+                     data=ROOT / "input.txt", ckpt="run.pt", device="cpu")
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
                 [sys.executable, *torchrun * (count - 1), ROOT / "gpt.py", "--train",
