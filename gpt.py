@@ -101,8 +101,8 @@ class TrainConfig(Options):
     batch_size: int = option(16, "sequences in one forward pass of one process", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step", low=1)
     optimizer: str = option("muon", "muon: AdamW for all but the blocks' matrices", "muon", "adamw")
-    learning_rate: float = option(3e-3, "AdamW's highest learning rate")
-    muon_learning_rate: float = option(0.01, "Muon's highest learning rate")
+    learning_rate: float = option(3e-3, "AdamW's highest; Muon's follows in proportion")
+    muon_learning_rate: float = option(0.01, "Muon's own, if it should not follow")
     weight_decay: float = option(0.1, "pull of the matrices towards zero")
     warmup_iters: int = option(0, "steps over which the learning rate rises")
     schedule: str = option("linear", "how it falls", "linear", "cosine", "constant")
@@ -690,11 +690,14 @@ def configure(flags, saved):
     """Both configurations; a value comes from its flag, the checkpoint, the preset, the default."""
     for name in flags.keys() & saved.keys() - set(MAY_CHANGE):
         check(flags[name] == saved[name], f"--{name} {flags[name]} contradicts the checkpoint's "
-              f"{saved[name]}: only {', '.join(MAY_CHANGE)} may change.")
+              f"{saved[name]}: leave it out (--resume may change {', '.join(MAY_CHANGE)}).")
     preset = (flags | saved).get("preset", "auto")
     if preset == "auto":
         preset = "cpu" if choose_device(flags.get("device", "auto")).type == "cpu" else "gpu"
-    values = PRESETS.get(preset, {}) | saved | flags | {"preset": preset}
+    before = asdict(TrainConfig()) | PRESETS.get(preset, {}) | saved
+    values = before | flags | {"preset": preset}
+    if "learning_rate" in flags and "muon_learning_rate" not in flags | saved:  # it slows both
+        values["muon_learning_rate"] *= values["learning_rate"] / before["learning_rate"]
     names = [f.name for f in fields(GPTConfig) if f.name in values]
     return GPTConfig(**{name: values.pop(name) for name in names}), TrainConfig(**values)
 
@@ -737,6 +740,8 @@ def train(**flags):
                   f"{ckpt} is of another run")
     elif flags.get("init_from"):
         model, tokenizer, _ = open_model(flags["init_from"])
+        if tokenizer.kind == "bpe" and flags.get("tokenizer") != "char":  # gpt2, or its folder
+            flags.pop("tokenizer", None)
         saved = asdict(model.config) | {"tokenizer": tokenizer.kind}
     architecture, config = configure(flags, saved)
     T, B, passes = architecture.block_size, config.batch_size, config.gradient_accumulation_steps
@@ -898,8 +903,8 @@ def train(**flags):
         say(f"Stopped after {step:,} steps, with nothing lost: --resume goes on.")
         raise KeyboardInterrupt(stops[0] if stops else signal.SIGTERM)
     best = min(row["val_loss"] for row in history)
-    say(f"The best model (validation loss {best:.4f}) is in {ckpt}, its losses in {ckpt.stem}.csv"
-        f" and .png. To write with it: python gpt.py --sample --ckpt {ckpt}")
+    say(f"The best model (validation loss {best:.4f}) is in {ckpt}, its losses in "
+        f"{ckpt.with_suffix('.csv')} and .png. To write: python gpt.py --sample --ckpt {ckpt}")
     return model, tokenizer
 
 # ---------------------------------------------------------------------------- 8. the command line

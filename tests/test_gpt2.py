@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import TEXT, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -279,3 +280,19 @@ def test_a_folder_of_both_writes_text(folder, bpe_folder):
     model, tokenizer, _ = open_model(str(folder))
     out = model.generate(tokenizer.encode("To be"), 30, tokenizer, seed=1)
     assert out.max() < 700 and tokenizer.decode(out[0]).startswith("To be")
+
+
+@pytest.mark.parametrize("words, code", [("", 0), ("--tokenizer gpt2", 0), ("--tokenizer char", 2)])
+def test_a_folder_is_fine_tuned_with_its_tokenizer(folder, bpe_folder, monkeypatch, words, code):
+    """To name the byte pairs once more is no contradiction; to ask for characters is one."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(bpe_folder / name, folder)
+    (folder / "model.safetensors").unlink()
+    make_theirs(**SHAPES["one head"] | {"vocab_size": 704}).save_pretrained(folder)
+    monkeypatch.chdir(folder)
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert run("--train", "--init_from", folder, "--data", "text.txt", "--device", "cpu",
+               "--max_iters", 1, "--batch_size", 2, "--ckpt", "run.pt", *words.split()) == code
+    if code == 0:
+        model, tokenizer, _ = open_model("run.pt")
+        assert tokenizer.kind == "bpe" and model.config.vocab_size == 704

@@ -562,6 +562,18 @@ def test_a_value_comes_from_flag_checkpoint_preset_default():
     assert (model.dropout, config.max_iters) == (0.1, 7)
 
 
+def test_muons_rate_follows_adamws_in_proportion():
+    """--learning_rate alone slows the whole run, as fine-tuning needs; given, Muon's own counts."""
+    def rate(saved=(), **flags):
+        return gpt.configure({"preset": "laptop", **flags}, dict(saved))[1].muon_learning_rate
+
+    assert rate() == rate(learning_rate=3e-3) == 0.02
+    assert rate(learning_rate=3e-5) == pytest.approx(0.0002)
+    assert rate(learning_rate=3e-5, muon_learning_rate=0.03) == 0.03
+    resumed = {"learning_rate": 1e-3, "muon_learning_rate": 0.007}
+    assert rate(resumed) == rate(resumed, learning_rate=1e-3) == 0.007
+
+
 @pytest.mark.parametrize("device, preset", [("cpu", "cpu"), ("cuda", "gpu"), ("mps", "gpu")])
 def test_the_preset_fits_the_machine(monkeypatch, device, preset):
     """A CPU gets the small one, CUDA and MPS the baseline."""
