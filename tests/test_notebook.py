@@ -212,51 +212,122 @@ def test_bootstrap_drive(tmp_path):
 
 
 # ------------------------------------------------------------------ asserts that notice things
-# section: (sections that it needs, a part of a line of gpt.py, what to put in its place)
-CHANGES = {
-    2: ([], "int(0.9 * len(", "int(0.8 * len("),
-    3: ([2], 'return "".join([self.itos', 'return "x".join([self.itos'),
-    4: ([2], "return passages[:, :-1], passages[:, 1:]",
-        "return passages[:, :-1], passages[:, :-1]"),
-    5: ([2], "return (total[0] / total[1]).item()", "return (total[0] / total[1]).item() * 2"),
-    6: ([2], ", weights  # (T, S) @ (S, hs)", " / 2, weights  # (T, S) @ (S, hs)"),
-    7: ([2], 'float("-inf")), dim=-1)', 'float("-inf")), dim=-2)'),
-    8: ([2], "(q / math.sqrt(q.size(-1)))", "(q / 1)"),
-    9: ([2], "is_causal=T > 1", "is_causal=False"),
-    10: ([2], ".triu(1 + S - T)", ".triu(2 + S - T)"),
-    11: ([2], "config.tie_weights:  # tokens", "config.tie_weights or True:  # tokens"),
-    12: ([2], "nn.init.zeros_(parameter)", "nn.init.normal_(parameter)"),
-    13: ([2, 5, 12], "return x + self.feed_forward(self.ln_2(x))",
-         "return (x + self.feed_forward(self.ln_2(x))).detach()"),
-    16: ([2], "how.top_k or", "how.top_k + 1 or"),
-    18: ([2], "maps.append(weights)", "maps.append(weights * 2)"),
-    17: ([2], "torch.arange(start, start + T", "torch.arange(0, T"),
+# (section, what to run before it, a part of a line of gpt.py, what to put in its place, and words
+# of the assert that then fails). 12f: only the functions that section 12 defines.
+CHANGES = [
+    ("1", "", "to(device), tokenizer, content", "to(device), tokenizer, {}", "to which loss"),
+    ("2", "", "sorted(set(text).difference(stoi))", r'sorted({"\0", *text}.difference(stoi))',
+     "the text has"),
+    ("2", "", "sorted(set(text).difference(stoi))", "list(dict.fromkeys(text))", "another order"),
+    ("2", "", "int(0.9 * len(", "int(0.8 * len(", "nine tenths"),
+    ("3", "2", "self.itos, self.vocab_size = stoi, {i: s ",
+     "self.itos, self.vocab_size = stoi, {i: s.lower() ", "sorted alphabet"),
+    ("3", "2", "ids_of[[ord(s) for s", "ids_of[[ord(s) + 1 for s", "encode and itos agree"),
+    ("3", "2", 'return "".join([self.itos', 'return "x".join([self.itos', "see decode"),
+    ("4", "2", "np.arange(block_size + 1)", "np.arange(block_size)", "both be (B, T)"),
+    ("4", "2", "return passages[:, :-1], passages[:, 1:]",
+     "return passages[:, :-1], passages[:, :-1]", "moved on by one"),
+    ("5", "2", "return (total[0] / total[1]).item()", "return (total[0] / total[1]).item() * 2",
+     "should go down"),
+    ("5", "2", 'if self.activation == "relu2" else x', 'if self.activation == "relu" else x',
+     "still compute what it was trained with"),
+    ("6", "2", ", weights  # (T, S) @ (S, hs)", " / 2, weights  # (T, S) @ (S, hs)",
+     "the average by"),
+    ("7", "2", 'float("-inf")), dim=-1)', 'float("-inf")), dim=-2)', "of weights should sum"),
+    ("7", "2", ".triu(1 + S - T)", ".triu(2 + S - T)", "looks at its future"),
+    ("7", "2", "(q / math.sqrt(q.size(-1)))", "(q / q.size(-1))", "differs from the formula"),
+    ("8", "2", "(q / math.sqrt(q.size(-1)))", "(q / 1)", "far more even"),
+    ("8", "2", "(q / math.sqrt(q.size(-1)))", "(q / math.sqrt(64))", "depend on the head size"),
+    ("9", "2", ".triu(1 + S - T)", ".triu(2 + S - T)", "more than rounding"),
+    ("9", "2", "is_causal=T > 1", "is_causal=False", "in the whole model"),
+    ("10", "2", ".triu(1 + S - T)", ".triu(2 + S - T)", "leaks into the past"),
+    ("10", "2", "self.proj(out.transpose", "self.proj(v.transpose", "can't see the past"),
+    ("11", "2", "config.tie_weights:  # tokens", "config.tie_weights or True:  # tokens",
+     "what was added?"),
+    ("12", "2", "nn.init.zeros_(parameter)", "nn.init.normal_(parameter)", "no blind guess"),
+    ("13", "2 5 12", "return x + self.feed_forward(self.ln_2(x))",
+     "return (x + self.feed_forward(self.ln_2(x))).detach()", "don't reach all weights"),
+    ("14", "2 5 12f 13f", "torch.randint(len(data) - block_size,", "torch.randint(block_size,",
+     "not clearly below"),
+    ("15", "2 12f 13f", "(0.9, 0.95), fused=True", "(0.9, 0.95), 0.0, fused=True", "is not finite"),
+    ("15", "2 12f 13f", "p not in set(muon)]", "p not in set(self.blocks.parameters())]",
+     "is an optimizer at work?"),
+    ("15", "2 12f 13f", "self.qkv(x).view", "self.qkv(x).detach().view", "is dead"),
+    ("15", "2 12f 13f", "nn.init.zeros_(parameter)", "nn.init.normal_(parameter)",
+     "how are they drawn?"),
+    ("16", "2", "how.top_k or", "how.top_k + 1 or", "keep three tokens"),
+    ("16", "2", "F.one_hot(logits.argmax(", "F.one_hot(logits.argmin(", "at temperature 0"),
+    ("16", "2", "cumsum(dim=-1)[:, :-1] < how", "cumsum(dim=-1)[:, 1:] < how", "smallest set"),
+    ("17", "2", "torch.arange(start, start + T", "torch.arange(0, T", "the cache changed"),
+    ("18.1", "2", "maps.append(weights)", "maps.append(weights * 2)", "row of every map"),
+    ("18.2", "2 18.1", "self.lm_head(self.ln_f(x))", "self.lm_head(x)", "the last lens"),
+    ("18.3", "2", "model.load_state_dict(state, assign=True)", "model = cls(config)",
+     "neighbours should be of one kind"),
+    ("18.4", "2 18.1", "len(part), device=device, starts=part)", "len(part), device=device)",
+     "its loss again"),
+    ("18.4", "2 18.1", "self.proj(out.transpose(1, 2).reshape(B, T, C))",
+     "F.linear(out.transpose(1, 2).reshape(B, T, C), self.proj.weight)", "no head matters"),
+    ("20", "2 5 12f 13f 14f", "torch.randint(len(data) - block_size,", "torch.randint(block_size,",
+     "clearly beat the smallest"),
+    ("18.5", "2 18.1", "qk * cos + qk.roll(C // nh // 2, dims=-1) * sin", "qk * cos",
+     "a previous-character head"),
+    ("18.5", "2 18.1", "triu(1 + S - T)  # the mask",
+     "triu(1 + S - T) | torch.ones(T, S, dtype=torch.bool).tril(S - T - 2)", "for an even look"),
+    ("21", "2", "ids_of[[ord(s) for s in self.stoi]] = list(self.stoi.values())",
+     "ids_of[[ord(s) for s in sorted(self.stoi)]] = range(self.vocab_size)", "digits are mixed up"),
+    ("22", "2 5 12f 13f 14", "(logits / how.temperature)", "(logits * how.temperature)",
+     "should write known words"),
+]
+# The same for cells that train for long: tried with the environment variable LONG=1.
+LONG_CHANGES = [
+    ("14", "2 5 12f 13f", "if not scaler.is_enabled() or norm.isfinite()",
+     "if scaler.is_enabled() and norm.isfinite()", "it should beat a table"),
+    ("19", "2 12f 13f", "rotation = self.rotation(positions)", "rotation = None",
+     "with two layers"),
+    ("19", "2 12f 13f", "maps.append(weights)", "maps.insert(0, weights)", "the stripe should be"),
+    ("21", "2 12f 13f", "rotation = self.rotation(positions)", "rotation = None",
+     "the gap is too small"),
+    ("21", "2 12f 13f", "Muon(muon, config.muon_learning_rate", "Muon(muon, config.learning_rate",
+     "written out: only"),
+]
+NO_CHANGE = {  # asserts that no line of gpt.py can break, and what breaks them
+    "input.txt should lie beside": "a missing file", "should lie in checkpoints": "a missing file"}
+SHORTER = {  # what is put in place of what in a section, so that trying it takes seconds
+    "5": {"8192": "4096"},
+    "14": {"steps, size = 600": "steps, size = 84", "16_384": "4_096", "steps // 12": "steps // 6"},
+    "15": {"small_model(n_layer=4), 1.0)": "small_model(n_layer=4), 1.0), 9"},
+    "18.1": {"plt.subplots(L, H,": "plt.subplots(1, 1,"},
+    "18.4": {"4096": "512", "for n in range(L)": "for n in range(1)"},
+    "18.5": {"24_000": "3_000"},
+    "20": {"(1, 8), (1, 16), (1, 32), (2, 48), (2, 80)": "(1, 8), (2, 48)",
+           "steps = 250": "steps = 60", "32_768": "8_192"},
 }
 RUNNER = r"""
-import contextlib, io, json, os, sys, traceback
+import contextlib, io, json, os, sys, time, traceback
 import matplotlib
 matplotlib.use("Agg")
 job = json.load(sys.stdin)
 import torch
 torch.set_num_threads(1)
 
-def execute(folder, sections, space):
-    '''None, or [the section that failed, the kind of error, its message].'''
+def execute(folder, cells, space):
+    '''[the section that failed or None, the kind of error, its message, seconds].'''
     os.chdir(folder)
     sys.modules.pop("gpt", None)
-    for number in sections:
-        for source in job["sources"][str(number)]:
-            try:
-                with contextlib.redirect_stdout(io.StringIO()):
-                    exec(compile(source, f"section {number}", "exec"), space)
-            except Exception as error:
-                return [number, type(error).__name__, str(error)]
-            if "def show" in source:
-                space["show"] = space["plt"].close
-    return None
+    start = time.process_time()
+    for section, source in cells:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(source, f"section {section}", "exec"), space)
+        except Exception as error:
+            if job.get("trace"): traceback.print_exc()
+            return [section, type(error).__name__, str(error), time.process_time() - start]
+        if "def show" in source:
+            space["show"] = space["plt"].close
+    return [None, "", "", time.process_time() - start]
 
 said, space = {}, {}
-said["unchanged"] = execute(job["unchanged"], job["needed"], space)
+said["unchanged"] = execute(job["unchanged"], job["cells"], space) if job["cells"] else None
 for name, (solution, check) in job["exercises"].items():
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -264,10 +335,41 @@ for name, (solution, check) in job["exercises"].items():
         for code in (solution, check, job["wrong"][name], check):
             exec(code, space)
     said[name] = printed.getvalue().splitlines()
-for number, (folder, sections) in job["changes"].items():
-    said[number] = execute(folder, sections, {})
+for words, (folder, cells) in job["changes"].items():
+    said[words] = execute(folder, cells, {})
+    if job.get("trace"): print(words, said[words], flush=True)
 print("\n" + json.dumps(said))
 """
+
+
+def parts():
+    """{section, or part of 18: the sources of its cells}."""
+    found, name = {}, ""
+    for cell in BOOK.cells:
+        for title in re.findall(r"(?m)^##+ (\d\S*)", cell.source):
+            name = title.rstrip(".")
+        if cell.cell_type == "code":
+            found.setdefault(name, []).append(cell.source)
+    return found
+
+
+PARTS = parts()
+TRIED = CHANGES + (LONG_CHANGES if os.environ.get("LONG") else [])
+UNCHANGED = [name for name in PARTS if name not in ("18.4", "18.5", "19", "21")]  # slow
+
+
+def cells_of(sections):
+    """[[section, source]] of "2 12f": made SHORTER; with f, only its functions."""
+    found = []
+    for name in sections.split():
+        for source in PARTS[name.rstrip("f")]:
+            tree = ast.parse(source)
+            if name.endswith("f"):
+                source = ast.unparse([n for n in tree.body if isinstance(n, ast.FunctionDef)])
+            for long, short in SHORTER.get(name, {}).items():
+                source = source.replace(long, short)
+            found.append([name, source])
+    return found
 
 
 def exercises():
@@ -310,14 +412,12 @@ def said(tmp_path_factory):
         return str(folder)
 
     text, changed = (ROOT / "gpt.py").read_text(encoding="utf-8"), {}
-    for number, (needs, old, new) in CHANGES.items():
-        if text.count(old) >= 1:  # else its own test says so
-            changed[number] = [copy(f"change{number}-", text.replace(old, new, 1)),
-                               [1, *needs, number]]
-    needed = {1, *CHANGES, *(n for needs, *_ in CHANGES.values() for n in needs)} - {18}  # slow
-    stubs = [source for source in SOURCES[22] if source.endswith("\n    ...")]  # of its exercises
-    job = {"sources": SOURCES | {22: stubs}, "unchanged": copy("unchanged", text),
-           "needed": [*sorted(needed), 22], "exercises": EXERCISES, "changes": changed,
+    for section, needs, old, new, words in TRIED:
+        if old in text:  # else its own test says so
+            changed[words] = [copy(f"change{section}-", text.replace(old, new, 1)),
+                              cells_of(f"1 {needs} {section}")]
+    job = {"unchanged": copy("unchanged", text), "cells": cells_of(" ".join(UNCHANGED)),
+           "exercises": EXERCISES, "changes": changed,
            "wrong": {name: code for name, (code, _) in WRONG.items()}}
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
     process = subprocess.run([sys.executable, "-c", RUNNER], input=json.dumps(job), text=True,
@@ -326,18 +426,34 @@ def said(tmp_path_factory):
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def test_each_assert_has_its_change():
+    """Each assert of the notebook is in one of the tables, with words of its own message."""
+    messages = ["".join(part.value for part in ast.walk(node.msg) if isinstance(part, ast.Constant)
+                        and isinstance(part.value, str))
+                for cell in CODE for node in ast.walk(ast.parse(cell.source))
+                if isinstance(node, ast.Assert)]
+    words = [words for *_, words in CHANGES + LONG_CHANGES] + list(NO_CHANGE)
+    assert len(words) == len(set(words))
+    for each in words:
+        assert sum(each in message for message in messages) == 1, each
+    for message in messages:
+        assert any(each in message for each in words), f"nothing is known to break: {message}"
+
+
 def test_asserts_hold(said):
-    assert said["unchanged"] is None
+    """Also where SHORTER takes most of the training away; else a change would prove nothing."""
+    section, kind, message, _ = said["unchanged"]
+    assert section is None, (section, kind, message)
 
 
-@pytest.mark.parametrize("number", CHANGES)
-def test_assert_notices_change(said, number):
-    """One line of gpt.py changed: the assert of that section, and no earlier one, says so."""
-    _, old, _ = CHANGES[number]
-    assert str(number) in said, f"gpt.py no longer has {old!r}: change another line of it"
-    assert said[str(number)], f"section {number} didn't notice that {old!r} was changed"
-    where, kind, message = said[str(number)]
-    assert (where, kind) == (number, "AssertionError") and len(message) > 20, said[str(number)]
+@pytest.mark.parametrize("section, old, words", [
+    pytest.param(section, old, words, id=f"{section} {words}")
+    for section, _, old, _, words in TRIED])
+def test_assert_notices_change(said, section, old, words):
+    """One line of gpt.py changed: that assert, and none before it of those that ran, says so."""
+    assert words in said, f"gpt.py no longer has {old!r}: change another line of it"
+    where, kind, message, _ = said[words]
+    assert (where, kind) == (section, "AssertionError") and words in message, said[words]
 
 
 @pytest.mark.parametrize("name", EXERCISES)
