@@ -475,7 +475,7 @@ class GPTLanguageModel(nn.Module):
         rng = torch.Generator(tokens.device)  # its own: a seed gives the same whatever ran before
         rng.manual_seed(how.seed) if how.seed >= 0 else rng.seed()
         cache, penalty = KVCache(self, len(tokens)), how.repetition_penalty
-        seen = F.one_hot(tokens, self.config.vocab_size).any(dim=1)  # (B, V)
+        seen = tokens.new_zeros(len(tokens), self.config.vocab_size).scatter_(1, tokens, 1).bool()
         reach = len(how.stop.encode())  # tokens to look for `stop` in: each is a byte or more
         stopped, keep = np.zeros(len(tokens), bool), max(self.config.block_size, reach)
         for step in range(1, how.max_new_tokens + 1):
