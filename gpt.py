@@ -475,7 +475,7 @@ class GPTLanguageModel(nn.Module):
         rng = torch.Generator(tokens.device)  # its own: a seed gives the same whatever ran before
         rng.manual_seed(how.seed) if how.seed >= 0 else rng.seed()
         cache, penalty = KVCache(self, len(tokens)), how.repetition_penalty
-        seen = F.one_hot(tokens, self.config.vocab_size).any(dim=1)  # (B, V)
+        seen = tokens.new_zeros(len(tokens), self.config.vocab_size).scatter_(1, tokens, 1).bool()
         reach = len(how.stop.encode())  # tokens to look for `stop` in: each is a byte or more
         stopped, keep = np.zeros(len(tokens), bool), max(self.config.block_size, reach)
         for step in range(1, how.max_new_tokens + 1):
@@ -536,7 +536,7 @@ def load_data(name, tokenizer):
 
     tokenizer: the name of a new one, or one to go on with, whose alphabet may grow.
     """
-    path = Path(name) if Path(name).exists() else HERE / name  # as named, else beside gpt.py
+    path = Path(name) if os.path.exists(name) else HERE / name  # as named, else beside gpt.py
     if name == "shakespeare" and not (path := Path("tinyshakespeare.txt")).exists():
         with explain(f"Not downloaded: get {SHAKESPEARE} some other way for --data"):
             torch.hub.download_url_to_file(SHAKESPEARE, path, SHAKESPEARE_SHA256, False)
@@ -596,16 +596,16 @@ def estimate_loss(model, data, max_tokens=None):
 def write_atomically(path, write):
     """Write beside path, then rename: at any moment path holds all of the old or all of the new."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with explain(f"{path} can't be written: make room, or choose another place. What was "
-                     "there is unharmed"):
+    with explain(f"{path} can't be written: make room, or choose another place. What was there "
+                 "is unharmed"):
+        try:
             with open(beside, "wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+        finally:
+            beside.unlink(missing_ok=True)
 
 def save_checkpoint(path, model, tokenizer, **more):
     """All that is needed to go on writing, and more; only tensors and Python's own types."""
@@ -635,11 +635,11 @@ def load_checkpoint(path, device="cpu"):
 
 def open_model(name):
     """load_checkpoint(name), looked for in checkpoints/ too; or GPT-2 by its name or folder."""
-    path = Path(name) if Path(name).exists() else HERE / "checkpoints" / name
-    if path.is_dir() or not path.exists() and name.startswith("gpt2"):
+    path = Path(name) if os.path.exists(name) else HERE / "checkpoints" / name
+    if os.path.isdir(path) or not os.path.exists(path) and name.startswith("gpt2"):
         return GPTLanguageModel.from_pretrained(name), BPETokenizer.load(name), {}
     print(f"Opening {path}", file=sys.stderr)
-    return load_checkpoint(path if path.exists() else name)
+    return load_checkpoint(path if os.path.exists(path) else name)
 
 # ------------------------------------------------------------------------------------ 7. training
 def choose_device(name):
@@ -704,10 +704,10 @@ def configure(flags, saved):
 def set_aside(ckpt, say):
     """Rename the files of an earlier run to NAME-1 and so on: nothing is ever overwritten."""
     ends, n = (".pt", ".resume.pt", ".csv", ".png"), 1
-    while any(ckpt.with_name(f"{ckpt.stem}-{n}{end}").exists() for end in ends):
+    while any(os.path.exists(ckpt.with_name(f"{ckpt.stem}-{n}{end}")) for end in ends):
         n += 1
     for end in ends:
-        if (file := ckpt.with_suffix(end)).exists():
+        if os.path.exists(file := ckpt.with_suffix(end)):
             with explain(f"{file} can't be renamed to make room for a new run"):
                 new = file.rename(ckpt.with_name(f"{ckpt.stem}-{n}{end}"))
             say(f"The earlier run's {file} is now called {new}.")
@@ -829,7 +829,7 @@ def train(**flags):
         set_aside(ckpt, say)
     history, stops, stopping, last = run["history"], [], False, True  # stops: signals so far
     def written():  # when the resume file was last written, to notice if another run does it too
-        return resume_file.stat().st_mtime_ns if resume_file.exists() else None
+        return resume_file.stat().st_mtime_ns if os.path.exists(resume_file) else None
     seen = written()
 
     def on_signal(number, frame):

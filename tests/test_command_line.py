@@ -14,6 +14,7 @@ import gpt
 
 TINY = ("--train --n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 4 --max_iters 2 "
         "--eval_interval 2 --eval_tokens 99 --optimizer adamw --device cpu --data text.txt").split()
+LONG = "a" * 300  # a file system's names have at most 255 letters
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +123,10 @@ def test_words_that_make_no_command_are_refused(refusal, words):
     "--learning_rate -1", "--learning_rate nan", "--learning_rate inf", "--learning_rate fast",
     "--weight_decay -1",
     "--warmup_iters -1", "--schedule never", "--eval_interval 0", "--eval_tokens 0",
-    "--ckpt nowhere/run.pt", "--ckpt /", "--resume --ckpt never.pt", "--batch_size " + "9" * 30,
-    "--n_embd 2" + "0" * 18, "--n_embd 2" + "0" * 30, "--seed " + "9" * 30,
-    "--resume --init_from model.pt"])
+    "--ckpt nowhere/run.pt", "--ckpt text.txt/run.pt", "--ckpt /", "--resume --ckpt never.pt",
+    "--batch_size " + "9" * 30, "--n_embd 2" + "0" * 18, "--n_embd 2" + "0" * 30,
+    "--seed " + "9" * 30, "--resume --init_from model.pt", f"--data {LONG}", f"--ckpt {LONG}.pt",
+    f"--init_from {LONG}", f"--resume --ckpt {LONG}.pt", f"--tokenizer {LONG}"])
 def test_bad_values_for_training_are_refused(refusal, words):
     """Out of range, of the wrong type, not dividing, missing: named in a sentence."""
     message = refusal(*TINY, *words.split())
@@ -146,7 +148,7 @@ def test_an_empty_name_is_refused(refusal):
     "--interactive --prompt_file text.txt", "--beams 2 --temperature 0.5", "--beams 2 --top_k 5",
     "--beams 2 --top_p 0.5", "--beams 2 --num_samples 2", "--beams 2 --repetition_penalty 1.1",
     "--beams 2 --seed 3", "--seed " + "9" * 20, "--num_samples " + "9" * 30, "--beams " + "9" * 30,
-    "--num_samples 1000000000000", "--prompt @"])
+    "--num_samples 1000000000000", "--prompt @", f"--ckpt {LONG}", f"--prompt_file {LONG}"])
 def test_bad_values_for_writing_are_refused(refusal, words):
     """Out of range, contradicting, missing: named in a sentence."""
     words = words.split()

@@ -258,6 +258,12 @@ def test_the_repetition_penalty_is_for_prompt_and_new_tokens(make_model, positio
     assert out != model.generate(prompt, 10, **greedy)[0].tolist()
 
 
+def test_a_long_context_takes_no_memory_for_each_token_of_the_vocabulary(make_model):
+    """2**18 ids of as many tokens: a table of all pairs would have 2**36 numbers."""
+    model = make_model(n_layer=1, n_head=1, n_embd=2, vocab_size=2**18, dtype=torch.float32)
+    assert model.generate(torch.arange(2**18), 2, **greedy).shape == (1, 2**18 + 2)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_ids_without_a_token_are_never_written(make_model, beams):
     """A model may have more rows than its tokenizer has tokens, as padded GPT-2s do."""

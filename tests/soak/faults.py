@@ -257,6 +257,8 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             for what, wrong in FAULTS[name](Path(folder), how):
                 count += 1
+                if count % 50 == 0:
+                    print(f"{name}: {count} cases so far", flush=True)
                 if wrong:
                     wrongs += 1
                     print(f"{name}, {what}: {wrong}", flush=True)
