@@ -133,7 +133,7 @@ class SampleConfig(Options):
 PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
                 eval_interval=300, learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.15, max_iters=3000, muon_learning_rate=0.02,
+    "laptop": dict(n_head=4, n_embd=256, dropout=0.2, max_iters=3400, muon_learning_rate=0.02,
                    attention="explicit"),
     "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
