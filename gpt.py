@@ -2,9 +2,9 @@
 
     python gpt.py --train                              # learn input.txt (--data my.txt: any text)
     python gpt.py --sample --ckpt gpt_checkpoint.pt    # write with what was learnt
-    torchrun --nproc_per_node=8 gpt.py --train         # the same on eight GPUs
+    torchrun --nproc_per_node=8 gpt.py --train         # eight GPUs: 8 times the text a step
 
-    token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> scores (B, T, V)
+    token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> logits (B, T, V)
     Block: x ---+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 |          (look at the past)           |   |    (think about what was seen)  |
                 +---------------------------------------+   +---------------------------------+
@@ -82,16 +82,16 @@ class GPTConfig(Options):
     positions: str = option("rotary", "how positions are told apart", "rotary", "learned")
     qk_norm: bool = option(True, "normalise queries and keys")
     activation: str = option("relu2", "in the feed-forward layers", "gelu", "relu", "relu2")
-    attention: str = option("fused", "PyTorch's kernel, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fast code, or Head", "fused", "explicit")
     vocab_size: int = option(65, "", low=1)  # no flag: it comes from the tokenizer
 
 @dataclass
 class TrainConfig(Options):
-    """How to train; a preset (auto: cpu or gpu) replaces defaults here and in GPTConfig."""
+    """How to train; a preset (auto: cpu or gpu) replaces many defaults, here and in GPTConfig."""
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint to write, or to sample from")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "of the arithmetic", "auto", "fp32", "bf16", "fp16")
-    seed: int = option(1337, "the same seed, the same result; -1 to sample: random", high=2**40)
+    seed: int = option(1337, "the same seed, the same run; -1 to sample: random", high=2**40)
     preset: str = option("auto", "sizes", "auto", "cpu", "laptop", "gpu", "lecture", "gpt2")
     data: str = option("input.txt", "text, folder of .txt or of train.bin + val.bin, 'shakespeare'")
     tokenizer: str = option("char", "char, gpt2, or a folder with vocab.json and merges.txt")
@@ -106,7 +106,7 @@ class TrainConfig(Options):
     weight_decay: float = option(0.1, "pull of the matrices towards zero")
     warmup_iters: int = option(0, "steps over which the learning rate rises")
     schedule: str = option("linear", "how it falls", "linear", "cosine", "constant")
-    eval_interval: int = option(250, "steps between evaluations, each of which saves", low=1)
+    eval_interval: int = option(250, "steps between evaluations; each saves the run", low=1)
     eval_tokens: int = option(131_072, "tokens of the validation split to read, about", low=1)
     compile: bool = option(False, "torch.compile: slow to start, then faster on a GPU")
     wandb: str = option("", "Weights & Biases project to log to")
@@ -207,8 +207,8 @@ class BPETokenizer(CharTokenizer):
             check(order == sorted(order), "its merges are not in the order of their ids")
             # The file spells the bytes that don't print as the letters from 256 on.
             unprintable = [*range(33), *range(127, 161), 173]
-            spelt = {chr(256 + i): chr(byte) for i, byte in enumerate(unprintable)}
-            return cls({"".join(spelt.get(c, c) for c in s): i for s, i in stoi.items()})
+            spelt = dict(enumerate(unprintable, start=256))
+            return cls({s.translate(spelt): i for s, i in stoi.items()})
 
     def encode(self, text):
         return np.array(self.encoding.encode(text, allowed_special="all"), self.dtype)
@@ -222,7 +222,7 @@ class Head(nn.Module):
     """One attention head: a query q asks the past, keys k match it, their values v are mixed.
 
     softmax(Q K^T / sqrt(hs) + mask) V: "Attention Is All You Need" (arXiv 1706.03762), section 3.2.
-    It has no parameters; given (B, nh, T, hs) it is all heads of a layer, side by side.
+    The mask hides what is still to come, which is the answer. (B, nh, T, hs): all heads at once.
     """
     def forward(self, q, k, v):
         """q (..., T, hs), the last T of S; k, v (..., S, hs) -> mix like q, weights (..., T, S)."""
@@ -234,9 +234,9 @@ class Head(nn.Module):
         return weights.to(v.dtype) @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
 class KVCache:
-    """Keys and values of the tokens read so far, so that each is read once: a ring of block_size.
+    """Keys and values of the tokens read so far: the mask keeps later tokens from changing them.
 
-    Full (rotary only), the newest replaces the oldest; a fresh window would have forgotten more.
+    A ring of block_size: once full (rotary only), the newest replaces the oldest.
     """
     def __init__(self, model, batch_size):
         c, weight = model.config, model.lm_head.weight
@@ -275,7 +275,7 @@ class MultiHeadAttention(nn.Module):
         (B, T, C), nh = x.shape, self.config.n_head
         qkv = self.qkv(x).view(B, T, 3, nh, C // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
         qk, v = qkv[:, :, :2], qkv[:, :, 2]  # (B, T, 2, nh, hs), (B, T, nh, hs)
-        if self.config.qk_norm:  # bounds the scores, so that large steps can't blow them up
+        if self.config.qk_norm:  # mean 0, spread 1 bounds the scores, so that large steps are safe
             qk = F.layer_norm(qk, qk.shape[-1:])
         if rotation is not None:  # channels i and i + hs/2 turn together
             cos, sin = (table.to(qk.dtype) for table in rotation)
@@ -284,7 +284,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
         if self.config.attention == "fused" and maps is None:
-            # The same mask; T > 1 means that S = T. A single newest query may see all keys.
+            # The same mask; T > 1 means that S = T, says `forward`. One newest query sees all keys.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         else:
             out, weights = self.head(q, k, v)  # (B, nh, T, hs), (B, nh, T, S)
@@ -328,7 +328,7 @@ GPT2_NAMES = {"transformer.": "", "wte": "token_embedding", "wpe": "position_emb
               "mlp.c_fc": "feed_forward.up", "mlp.c_proj": "feed_forward.down"}
 
 class GPTLanguageModel(nn.Module):
-    """Token ids in; out comes, at every position at once, a score for each possible next token."""
+    """Token ids in; out comes, for every position, a score (logit) of each possible next token."""
     def __init__(self, config):
         super().__init__()
         self.config, (C, nh) = config, (config.n_embd, config.n_head)
@@ -355,7 +355,7 @@ class GPTLanguageModel(nn.Module):
 
     def rotation(self, positions):
         """Rotary positions (RoFormer, arXiv 2104.09864): cos and sin for each, (T, 1, 1, hs)."""
-        # Both turned by position x speed, a query times a key depends on their distance only.
+        # Query and key turned by position x speed: their product depends on the distance only.
         hs = self.config.n_embd // self.config.n_head
         dtype = torch.float32 if positions.device.type == "mps" else torch.float64
         speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device, dtype=dtype) / hs)
@@ -366,7 +366,7 @@ class GPTLanguageModel(nn.Module):
     def forward(self, idx, targets=None, cache=None, maps=None):
         """idx, targets (B, T) -> scores, called logits, (B, T, V) and, given targets, their loss.
 
-        The loss at a position is -log(the probability that the model gave to the token that came).
+        The loss is the mean of -log(the probability that the model gave to the token that came).
         A cache takes up to block_size tokens, then one at a time, and gives the last one's logits.
         """
         T, start, room = idx.size(1), cache.length if cache else 0, self.config.block_size
@@ -439,10 +439,9 @@ class GPTLanguageModel(nn.Module):
         muon = [p for p in self.blocks.parameters() if p.dim() == 2 and use_muon]
         rest = [p for p in self.parameters() if p not in set(muon)]
         # Decay is for matrices: norms and biases have no reason to be small.
-        groups = [{"params": [p for p in rest if p.dim() == 2]},
-                  {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
-        adamw = torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=True,
-                                  weight_decay=config.weight_decay)
+        groups = [{"params": [p for p in rest if p.dim() == dim], "weight_decay": decay}
+                  for dim, decay in ((2, config.weight_decay), (1, 0.0))]
+        adamw = torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=True)
         return [adamw, torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay,
                                         momentum=0.9)] if muon else [adamw]
 
@@ -450,16 +449,14 @@ class GPTLanguageModel(nn.Module):
     def context(self, idx, tokenizer=None):
         """Any ids, (B, T) or (T,), as a tensor (B, T); an empty context becomes a newline."""
         idx = torch.as_tensor(idx, dtype=torch.long, device=self.lm_head.weight.device)
-        idx = idx[None] if idx.dim() == 1 else idx
-        newline = tokenizer.stoi.get("\n", 0) if tokenizer else 0
+        idx, newline = torch.atleast_2d(idx), tokenizer.stoi.get("\n", 0) if tokenizer else 0
         return idx if idx.size(1) else idx.new_full((len(idx), 1), newline)
 
     def next_logits(self, tokens, cache, tokenizer=None):
-        """Scores (B, V) for what follows tokens (B, t), reading only what the cache lacks."""
-        room = self.config.block_size
-        count = 1 if cache.length else room
-        if cache.length == room and self.config.positions == "learned":
-            cache.length, count = 0, max(1, room // 2)  # no position is left: reread a half
+        """Logits (B, V) for what follows tokens (B, t), reading only what the cache lacks."""
+        count = 1 if cache.length else self.config.block_size
+        if cache.length == self.config.block_size and self.config.positions == "learned":
+            cache.length, count = 0, max(1, cache.length // 2)  # none is left: reread a half
         logits = self(tokens[:, -count:], cache=cache)[0][:, -1].float()
         if tokenizer:  # a model may have spare ids that stand for nothing
             logits[:, tokenizer.vocab_size :] = float("-inf")
@@ -503,14 +500,13 @@ class GPTLanguageModel(nn.Module):
         """The likeliest continuation that keeping `beams` candidates at each step finds, (n, B)."""
         (B, T), beams, V = tokens.shape, how.beams, self.config.vocab_size
         tokens = tokens.repeat_interleave(beams, dim=0)  # (B * beams, T)
-        cache = KVCache(self, len(tokens))
-        first = torch.arange(0, len(tokens), beams, device=tokens.device)[:, None]  # (B, 1)
-        scores = torch.full((B, beams), float("-inf"), device=tokens.device)
-        scores[:, 0] = 0.0  # the beams are still alike: only the first may have successors
+        scores, cache = torch.zeros(B, beams, device=tokens.device), KVCache(self, len(tokens))
+        scores[:, 1:] = float("-inf")  # the beams are still alike: only the first has successors
         for _ in range(how.max_new_tokens):
             log_probs = self.next_logits(tokens, cache, tokenizer).log_softmax(dim=-1)
-            totals = scores[:, :, None] + log_probs.view(B, beams, V)
-            scores, best = totals.flatten(1).topk(beams)  # (B, beams)
+            totals = (scores.view(-1, 1) + log_probs).view(B, -1)  # (B, beams * V)
+            scores, best = totals.topk(beams)  # (B, beams)
+            first = torch.arange(0, len(tokens), beams, device=best.device)[:, None]  # (B, 1)
             rows = (first + best // V).flatten()  # the beams that go on
             tokens = torch.cat((tokens[rows], best.view(-1, 1) % V), dim=1)
             cache.store = cache.store[:, :, rows]
@@ -608,7 +604,7 @@ def write_atomically(path, write):
             beside.unlink(missing_ok=True)
 
 def save_checkpoint(path, model, tokenizer, **more):
-    """All that is needed to go on writing, and more; only tensors and Python's own types."""
+    """Weights, sizes, alphabet, and `more` of the run: only tensors and Python's own types."""
     content = {"format": 1, "model_state_dict": model.state_dict(), "tokenizer": tokenizer.kind,
                "hyperparameters": asdict(model.config), "stoi": tokenizer.stoi,
                "itos": tokenizer.itos, **more}
@@ -624,7 +620,7 @@ def load_checkpoint(path, device="cpu"):
         check(int(content.pop("format", 1)) <= 1, "a newer gpt.py wrote it")
         state = {name.replace("module.", "").replace("_orig_mod.", ""): tensor
                  for name, tensor in content.pop("model_state_dict").items()}
-        # A few bytes can claim to be a tensor of any size, by steps of 0 from number to number.
+        # With a stride of 0 a tensor repeats one number: a small file could claim any size.
         check(sum(t.nbytes for t in state.values()) <= 2 * os.path.getsize(path), "it lacks bytes")
         config = GPTConfig(**content.pop("hyperparameters"))
         kinds = {"char": CharTokenizer, "bpe": BPETokenizer}
@@ -702,7 +698,7 @@ def configure(flags, saved):
     return GPTConfig(**{name: values.pop(name) for name in names}), TrainConfig(**values)
 
 def set_aside(ckpt, say):
-    """Rename the files of an earlier run to NAME-1 and so on: nothing is ever overwritten."""
+    """Rename the files of an earlier run to NAME-1 and so on: no run overwrites another's."""
     ends, n = (".pt", ".resume.pt", ".csv", ".png"), 1
     while any(os.path.exists(ckpt.with_name(f"{ckpt.stem}-{n}{end}")) for end in ends):
         n += 1
@@ -713,7 +709,7 @@ def set_aside(ckpt, say):
             say(f"The earlier run's {file} is now called {new}.")
 
 def train(**flags):
-    """Train as the flags say, which are named as on the command line; returns model, tokenizer."""
+    """Train as the command line's flags say, as process `rank` of `world`: model, tokenizer."""
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = tqdm.write if rank == 0 else lambda text: None
@@ -756,7 +752,7 @@ def train(**flags):
           f"{config.data} would be {text}; this run began with {run['fingerprint']}.")
     run.update(fingerprint=text, data=Path(config.data).name, train_config=asdict(config))
 
-    # The model and its optimizers; every process starts from the same weights.
+    # The model and its optimizers; one seed gives every process the same weights.
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(config.seed)
@@ -792,7 +788,7 @@ def train(**flags):
         # don't depend on how passes and processes share them (dropout does).
         rng = torch.Generator().manual_seed(config.seed + 1_000_003 * step)
         torch.manual_seed(config.seed + 1_000_003 * step + rank)  # for dropout
-        x, y = get_batch(train_data, T, B * passes * world, rng, device)
+        x, y = get_batch(train_data, T, B * passes * world, rng, device)  # (B * passes * world, T)
         total = torch.zeros((), device=device)
         for i in range(rank * B, len(x), world * B):
             with torch.autocast(device.type, precision, enabled=precision != torch.float32):
@@ -834,14 +830,14 @@ def train(**flags):
 
     def on_signal(number, frame):
         stops.append(number)
-        if stops[1:]:  # the second one ends it at once
+        if stops[1:]:  # the first lets the step end and saves; the second ends it at once
             raise KeyboardInterrupt(number)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=steps * per_step, initial=run["iteration"] * per_step, unit="token",
                unit_scale=True, disable=rank > 0 or not sys.stderr or None)  # None: on a terminal
     loss = 0.0
     try:
-        for step in range(run["iteration"], steps + 1):
+        for step in range(run["iteration"], steps + 1):  # the last round only evaluates
             last, improved, run["iteration"] = step == steps, False, step
             due = ((last or step % config.eval_interval == 0)
                    and step not in [row["iteration"] for row in history])
@@ -877,9 +873,10 @@ def train(**flags):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * learning_rate_factor(step, config)
             status = torch.stack((gradients(step), torch.tensor(float(len(stops)), device=device)))
+            # This makes several GPUs one: each has the gradients of its share, then all the mean.
             average_over_processes(status, *(p.grad for p in model.parameters()))
             for optimizer in optimizers:
-                scaler.unscale_(optimizer)  # clipping needs the true lengths
+                scaler.unscale_(optimizer)  # fp16's were scaled up; clipping needs true lengths
             norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 if not scaler.is_enabled() or norm.isfinite():  # fp16 overflows now and then
