@@ -892,6 +892,8 @@ def train(**flags):
         if rank == 0:
             write_log(ckpt, history)
         average_over_processes(torch.zeros(1, device=device))  # wait until all is written
+        if world > 1:
+            dist.destroy_process_group()  # its threads could abort a process that just ends
     finally:
         bar.close()
         for number, handler in handlers.items():
