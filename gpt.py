@@ -893,7 +893,7 @@ def train(**flags):
             write_log(ckpt, history)
         average_over_processes(torch.zeros(1, device=device))  # wait until all is written
         if world > 1:
-            dist.destroy_process_group()  # its threads could abort a process that just ends
+            dist.destroy_process_group()  # PyTorch asks for it before a process ends
     finally:
         bar.close()
         for number, handler in handlers.items():
