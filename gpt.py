@@ -753,8 +753,6 @@ def train(**flags):
     run.update(fingerprint=text, data=Path(config.data).name, train_config=asdict(config))
 
     # The model and its optimizers; one seed gives every process the same weights.
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(config.seed)
     architecture.vocab_size = max(tokenizer.vocab_size, saved.get("vocab_size", 0))
     if model:
@@ -767,6 +765,10 @@ def train(**flags):
         model = GPTLanguageModel(architecture)
     network = model.to(device).train()
     optimizers = model.make_optimizers(config)
+    if world > 1 and not dist.is_initialized():
+        # Not before the first optimizer: what that imports keeps a group that is already there
+        # (torch.distributed.nn.functional), and its threads could abort the program at its exit.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     if config.resume:
         with explain(f"{resume_file} does not hold the state of a run"):
@@ -893,7 +895,7 @@ def train(**flags):
             write_log(ckpt, history)
         average_over_processes(torch.zeros(1, device=device))  # wait until all is written
         if world > 1:
-            dist.destroy_process_group()  # PyTorch asks for it before a process ends
+            dist.destroy_process_group()  # ends its threads, before Python goes away under them
     finally:
         bar.close()
         for number, handler in handlers.items():

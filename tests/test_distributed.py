@@ -144,3 +144,24 @@ def test_a_signal_to_one_process_stops_both_with_the_state_saved(tmp_path):
     stored = torch.load(folder / "run.resume.pt", weights_only=True)
     assert stored["iteration"] in (4, 5)
     assert not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_no_thread_of_the_group_outlives_the_training(tmp_path):
+    """One that still held a tensor while Python ends would abort the process, now and then."""
+    folder = prepare(tmp_path / "ended")
+    program = folder / "program.py"
+    program.write_text("""if True:
+        import sys
+        from pathlib import Path
+        import gpt
+
+        code = gpt.main()
+        names = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
+        print("threads:", *(name.strip() for name in names))
+        sys.exit(code)
+        """)
+    done = launch(folder, *FLAGS, "--max_iters", 2, "--batch_size", 2, program=program)
+    assert done.returncode == 0, done.stderr
+    threads = [line for line in done.stdout.splitlines() if line.startswith("threads:")]
+    assert len(threads) == 2 and "gloo" not in "".join(threads)
