@@ -101,8 +101,7 @@ class TrainConfig(Options):
     batch_size: int = option(16, "sequences in one forward pass of one process", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step", low=1)
     optimizer: str = option("muon", "muon: AdamW for all but the blocks' matrices", "muon", "adamw")
-    learning_rate: float = option(3e-3, "AdamW's highest; Muon's follows in proportion")
-    muon_learning_rate: float = option(0.01, "Muon's own, if it should not follow")
+    learning_rate: float = option(4e-3, "the highest; Muon's steps are as long as AdamW's")
     weight_decay: float = option(0.1, "pull of the matrices towards zero")
     warmup_iters: int = option(0, "steps over which the learning rate rises")
     schedule: str = option("linear", "how it falls", "linear", "cosine", "constant")
@@ -132,10 +131,10 @@ class SampleConfig(Options):
 
 PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
-                eval_interval=300, learning_rate=6e-3, weight_decay=0.0, attention="explicit"),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.2, max_iters=3400, muon_learning_rate=0.02,
+                eval_interval=300, weight_decay=0.0, attention="explicit"),
+    "laptop": dict(n_head=4, n_embd=256, dropout=0.2, max_iters=3400, weight_decay=1.0,
                    attention="explicit"),
-    "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000),
+    "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000, weight_decay=1.0),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
                     optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
                     max_iters=5000, eval_interval=500),
@@ -441,9 +440,11 @@ class GPTLanguageModel(nn.Module):
         # Decay is for matrices: norms and biases have no reason to be small.
         groups = [{"params": [p for p in rest if p.dim() == dim], "weight_decay": decay}
                   for dim, decay in ((2, config.weight_decay), (1, 0.0))]
-        adamw = torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=True)
-        return [adamw, torch.optim.Muon(muon, config.muon_learning_rate, config.weight_decay,
-                                        momentum=0.9)] if muon else [adamw]
+        optimizers = [torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=True)]
+        if muon:  # scaled to the length of AdamW's steps (arXiv 2502.16982): one rate for both
+            optimizers.append(torch.optim.Muon(muon, config.learning_rate, config.weight_decay,
+                                               momentum=0.9, adjust_lr_fn="match_rms_adamw"))
+        return optimizers
 
     # ---------------------------------------------------------------------------- 4. generation
     def context(self, idx, tokenizer=None):
@@ -648,11 +649,11 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
 
 def choose_precision(name, device):
-    """The type to multiply in: bf16 only where it is in hardware (a T4 emulates it, slowly)."""
+    """The type to multiply in: bf16 only where it is fast (a T4 emulates it, a CPU needs AMX)."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    name = ("bf16" if native else "fp32") if name == "auto" else name
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    name = ("bf16" if fast else "fp32") if name == "auto" else name
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 def learning_rate_factor(step, config):
@@ -690,10 +691,7 @@ def configure(flags, saved):
     preset = (flags | saved).get("preset", "auto")
     if preset == "auto":
         preset = "cpu" if choose_device(flags.get("device", "auto")).type == "cpu" else "gpu"
-    before = asdict(TrainConfig()) | PRESETS.get(preset, {}) | saved
-    values = before | flags | {"preset": preset}
-    if "learning_rate" in flags and "muon_learning_rate" not in flags | saved:  # it slows both
-        values["muon_learning_rate"] *= values["learning_rate"] / before["learning_rate"]
+    values = asdict(TrainConfig()) | PRESETS.get(preset, {}) | saved | flags | {"preset": preset}
     names = [f.name for f in fields(GPTConfig) if f.name in values]
     return GPTConfig(**{name: values.pop(name) for name in names}), TrainConfig(**values)
 
@@ -870,10 +868,8 @@ def train(**flags):
             if last or stopping:
                 break
             clock = time.perf_counter()
-            rates = [config.learning_rate, config.muon_learning_rate]  # AdamW's and Muon's
-            for optimizer, rate in zip(optimizers, rates, strict=False):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * learning_rate_factor(step, config)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = config.learning_rate * learning_rate_factor(step, config)
             status = torch.stack((gradients(step), torch.tensor(float(len(stops)), device=device)))
             # This makes several GPUs one: each has the gradients of its share, then all the mean.
             average_over_processes(status, *(p.grad for p in model.parameters()))

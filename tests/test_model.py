@@ -237,12 +237,23 @@ def test_every_parameter_has_one_optimizer(make_model, optimizer, tie_weights):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_decay_is_for_matrices(make_model, optimizer):
-    """Norms and biases are not pulled towards zero, whatever takes them; rates are as asked for."""
+    """Norms and biases are not pulled towards zero, whatever takes them; one rate serves both."""
     model = make_model(torch.float32, positions="learned")
-    config = TrainConfig(optimizer=optimizer, weight_decay=0.3, learning_rate=1e-4,
-                         muon_learning_rate=0.05)
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.3, learning_rate=1e-4)
     for each in model.make_optimizers(config):
         for group in each.param_groups:
-            assert group["lr"] == (1e-4 if isinstance(each, torch.optim.AdamW) else 0.05)
+            assert group["lr"] == 1e-4
             for parameter in group["params"]:
                 assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0.0)
+
+
+def test_muons_steps_are_as_long_as_adamws(make_model):
+    """So one rate serves both: a step's root mean square is about 0.2 of it, as AdamW's is."""
+    model = make_model(torch.float32, n_embd=64)
+    _, muon = model.make_optimizers(TrainConfig(learning_rate=1e-2, weight_decay=0.0))
+    for parameter in muon.param_groups[0]["params"]:
+        before, parameter.grad = parameter.detach().clone(), torch.randn_like(parameter)
+        muon.step()
+        step = (parameter - before).square().mean().sqrt()
+        assert 0.1 * 1e-2 < step < 0.3 * 1e-2, tuple(parameter.shape)
+        parameter.grad = None

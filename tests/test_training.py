@@ -147,15 +147,14 @@ def test_the_learning_rates_are_what_the_optimizers_get():
         assert not rates
 
     handle = register_optimizer_step_pre_hook(hook)
-    flags = dict(optimizer="muon", warmup_iters=3, schedule="cosine", muon_learning_rate=0.01)
+    flags = dict(optimizer="muon", warmup_iters=3, schedule="cosine")
     try:
         config = train(**flags)["train_config"]
     finally:
         handle.remove()
     config = gpt.TrainConfig(**config)
     factors = [gpt.learning_rate_factor(step, config) for step in range(10)]
-    assert seen["AdamW"] == pytest.approx([3e-3 * factor for factor in factors])
-    assert seen["Muon"] == pytest.approx([0.01 * factor for factor in factors])
+    assert seen["AdamW"] == seen["Muon"] == pytest.approx([3e-3 * factor for factor in factors])
 
 
 # -------------------------------------------------------------------------- device and precision
@@ -172,18 +171,18 @@ def test_bf16_only_where_a_gpu_has_it_in_hardware(monkeypatch, capability, expec
 
 @pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32),
                                               (None, torch.float32)])
-def test_a_cpu_takes_bf16_where_it_has_it(monkeypatch, native, expected):
-    """Only a CPU that multiplies bf16; fp32 where PyTorch doesn't tell."""
+def test_a_cpu_takes_bf16_where_it_is_fast(monkeypatch, native, expected):
+    """Only a CPU with tiles for bf16 (AMX); fp32 where PyTorch doesn't tell."""
     if native is None:
-        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     else:
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native, raising=False)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native, raising=False)
     assert gpt.choose_precision("auto", torch.device("cpu")) is expected
 
 
 def test_mps_computes_in_fp32(monkeypatch):
     """Whatever the CPU next to it can do."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
     assert gpt.choose_precision("auto", torch.device("mps")) is torch.float32
 
 
@@ -247,7 +246,7 @@ def test_an_fp16_overflow_skips_the_step_and_lowers_the_scale(monkeypatch, optim
         monkeypatch.setattr(torch.amp, "GradScaler", lambda *args, **how: scaler(
             *args, **{"init_scale": scale, **how}))
 
-    flags = dict(precision="fp16", optimizer=optimizer, muon_learning_rate=0.01)
+    flags = dict(precision="fp16", optimizer=optimizer)
     start_at(2.0**100)
     stuck = train(**flags, max_iters=4)
     one = train(**flags, max_iters=1, learning_rate=0, weight_decay=0, ckpt="start.pt")
@@ -369,7 +368,7 @@ def test_muon_turns_the_blocks_matrices_and_adamw_the_rest():
     """Embeddings, the head, norms and biases stay with AdamW."""
     model = gpt.GPTLanguageModel(gpt.GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=11,
                                                tie_weights=False))
-    adamw, muon = model.make_optimizers(gpt.TrainConfig(optimizer="muon", muon_learning_rate=0.05))
+    adamw, muon = model.make_optimizers(gpt.TrainConfig(learning_rate=0.05))
     turned = {id(p) for group in muon.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
         assert (id(p) in turned) == (name.startswith("blocks.") and p.dim() == 2), name
@@ -562,18 +561,6 @@ def test_a_value_comes_from_flag_checkpoint_preset_default():
     assert (model.dropout, config.max_iters) == (0.1, 7)
 
 
-def test_muons_rate_follows_adamws_in_proportion():
-    """--learning_rate alone slows the whole run, as fine-tuning needs; given, Muon's own counts."""
-    def rate(saved=(), **flags):
-        return gpt.configure({"preset": "laptop", **flags}, dict(saved))[1].muon_learning_rate
-
-    assert rate() == rate(learning_rate=3e-3) == 0.02
-    assert rate(learning_rate=3e-5) == pytest.approx(0.0002)
-    assert rate(learning_rate=3e-5, muon_learning_rate=0.03) == 0.03
-    resumed = {"learning_rate": 1e-3, "muon_learning_rate": 0.007}
-    assert rate(resumed) == rate(resumed, learning_rate=1e-3) == 0.007
-
-
 @pytest.mark.parametrize("device, preset", [("cpu", "cpu"), ("cuda", "gpu"), ("mps", "gpu")])
 def test_the_preset_fits_the_machine(monkeypatch, device, preset):
     """A CPU gets the small one, CUDA and MPS the baseline."""
@@ -690,7 +677,7 @@ def test_a_loss_that_is_no_number_stops_the_run(monkeypatch, capsys, at_step, pr
 
 
 @pytest.mark.parametrize("flags", [{"learning_rate": 1e5}, {"learning_rate": 1e8},
-                                   {"optimizer": "muon", "muon_learning_rate": 1e8},
+                                   {"optimizer": "muon", "learning_rate": 1e8},
                                    {"weight_decay": 1e8}])
 def test_an_absurd_rate_never_replaces_the_best_model(capsys, flags):
     """Whether the numbers overflow or only make no sense, what is kept opens and is the best."""
