@@ -359,7 +359,7 @@ class GPTLanguageModel(nn.Module):
         dtype = torch.float32 if positions.device.type == "mps" else torch.float64
         speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device, dtype=dtype) / hs)
         angles = positions[:, None, None, None] * speeds  # (T, 1, 1, hs/2)
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = (t.to(self.lm_head.weight.dtype) for t in (angles.cos(), angles.sin()))
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def forward(self, idx, targets=None, cache=None, maps=None):
@@ -463,7 +463,7 @@ class GPTLanguageModel(nn.Module):
             logits[:, tokenizer.vocab_size :] = float("-inf")
         return logits
 
-    @torch.no_grad()
+    @torch.inference_mode()  # no_grad with less bookkeeping
     def stream(self, idx, how, tokenizer=None):
         """Yield the next token of each row, (B,), until done; how: a SampleConfig."""
         tokens = self.context(idx, tokenizer)  # (B, T)
