@@ -649,11 +649,22 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
 
 def choose_precision(name, device):
-    """The type to multiply in: bf16 only where it is fast (a T4 emulates it, a CPU needs AMX)."""
+    """The type to multiply in: bf16 only where it is in hardware, and fast (a T4 emulates it)."""
+    def seconds(dtype):  # for a matrix product, the fastest of many
+        matrix, clocks = torch.ones(256, 256, dtype=dtype), [time.perf_counter()]
+        for _ in range(100):
+            torch.mm(matrix, matrix)
+            clocks.append(time.perf_counter())
+        return min(np.diff(clocks))
+
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    name = ("bf16" if fast else "fp32") if name == "auto" else name
+    if name == "auto":  # CPUs differ: some have bf16 and lose by it
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # so that the choice is the same while other programs run
+        fast = device.type == "cpu" and seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
+        torch.set_num_threads(threads)
+        name = "bf16" if fast else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 def learning_rate_factor(step, config):

@@ -169,20 +169,32 @@ def test_bf16_only_where_a_gpu_has_it_in_hardware(monkeypatch, capability, expec
     assert gpt.choose_precision("auto", torch.device("cuda")) is expected
 
 
-@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float32),
-                                              (None, torch.float32)])
-def test_a_cpu_takes_bf16_where_it_is_fast(monkeypatch, native, expected):
-    """Only a CPU with tiles for bf16 (AMX); fp32 where PyTorch doesn't tell."""
-    if native is None:
-        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native, raising=False)
+@pytest.fixture
+def products(monkeypatch):
+    """products(seconds): what a matrix product in bf16 is made to take, where fp32 takes 1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(gpt, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def make(seconds):
+        def mm(one, other):
+            clock[0] += seconds if one.dtype == torch.bfloat16 else 1.0
+
+        monkeypatch.setattr(torch, "mm", mm)
+
+    return make
+
+
+@pytest.mark.parametrize("seconds, expected", [(0.1, torch.bfloat16), (0.7, torch.bfloat16),
+                                               (0.9, torch.float32), (2.0, torch.float32)])
+def test_a_cpu_takes_bf16_where_it_is_faster(products, seconds, expected):
+    """Some have the instructions and multiply no faster by them: it is measured."""
+    products(seconds)
     assert gpt.choose_precision("auto", torch.device("cpu")) is expected
 
 
-def test_mps_computes_in_fp32(monkeypatch):
+def test_mps_computes_in_fp32(products):
     """Whatever the CPU next to it can do."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    products(0.1)
     assert gpt.choose_precision("auto", torch.device("mps")) is torch.float32
 
 
