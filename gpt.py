@@ -24,6 +24,7 @@ import os
 import signal
 import sys
 import time
+import timeit
 import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -651,11 +652,8 @@ def choose_device(name):
 def choose_precision(name, device):
     """The type to multiply in: bf16 only where it is in hardware, and fast (a T4 emulates it)."""
     def seconds(dtype):  # for a matrix product, the fastest of many
-        matrix, clocks = torch.ones(256, 256, dtype=dtype), [time.perf_counter()]
-        for _ in range(100):
-            torch.mm(matrix, matrix)
-            clocks.append(time.perf_counter())
-        return min(np.diff(clocks))
+        matrix = torch.ones(256, 256, dtype=dtype)
+        return min(timeit.repeat(lambda: torch.mm(matrix, matrix), number=1, repeat=100))
 
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
