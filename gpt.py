@@ -347,10 +347,7 @@ class GPTLanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("proj.weight", "down.weight", "lm_head.weight", "bias")):
                 nn.init.zeros_(parameter)  # at first blocks add nothing, and lm_head guesses
-        self.tie()
-
-    def tie(self):
-        if self.config.tie_weights:  # tokens that are read alike are predicted alike
+        if config.tie_weights:  # tokens that are read alike are predicted alike
             self.lm_head.weight = self.token_embedding.weight
 
     def rotation(self, positions):
@@ -406,7 +403,8 @@ class GPTLanguageModel(nn.Module):
             model.load_state_dict(state, assign=True)
             wrong = [name for name, p in model.named_parameters() if not p.isfinite().all()]
             check(not wrong, f"{wrong} have values that are not finite")
-        model.tie()
+        if config.tie_weights:
+            model.lm_head.weight = model.token_embedding.weight
         return model
 
     @classmethod
@@ -832,7 +830,8 @@ def train(**flags):
             wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
     if rank == 0 and not config.resume:
         set_aside(ckpt, say)
-    history, stops, stopping, last = run["history"], [], False, True  # stops: signals so far
+    history, loss = run["history"], 0.0
+    stops, stopping, last = [], False, True  # stops: signals so far
     def written():  # when the resume file was last written, to notice if another run does it too
         return resume_file.stat().st_mtime_ns if os.path.exists(resume_file) else None
     seen = written()
@@ -844,7 +843,6 @@ def train(**flags):
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=steps * per_step, initial=run["iteration"] * per_step, unit="token",
                unit_scale=True, disable=rank > 0 or not sys.stderr or None)  # None: on a terminal
-    loss = 0.0
     try:
         for step in range(run["iteration"], steps + 1):  # the last round only evaluates
             last, improved, run["iteration"] = step == steps, False, step
@@ -908,8 +906,7 @@ def train(**flags):
     if not last:
         say(f"Stopped after {step:,} steps, with nothing lost: --resume goes on.")
         raise KeyboardInterrupt(stops[0] if stops else signal.SIGTERM)
-    best = min(row["val_loss"] for row in history)
-    say(f"The best model (validation loss {best:.4f}) is in {ckpt}, its losses in "
+    say(f"The best model (validation loss {run['best']:.4f}) is in {ckpt}, its losses in "
         f"{ckpt.with_suffix('.csv')} and .png. To write: python gpt.py --sample --ckpt {ckpt}")
     return model, tokenizer
 
