@@ -91,7 +91,8 @@ def train(folder, name, row, steps, capsys):
                  gradient_accumulation_steps=row["passes"], optimizer=row["optimizer"],
                  positions=row["positions"], n_layer=1, n_head=2, n_embd=16, block_size=8,
                  batch_size=4, max_iters=steps, eval_interval=2, eval_tokens=64, dropout=0.1,
-                 schedule="constant", device="cpu", data="text.txt", ckpt=f"{name}.pt")
+                 schedule="constant", learning_rate=2e-3, device="cpu", data="text.txt",
+                 ckpt=f"{name}.pt")
     words = [word for key, value in flags.items() for word in (f"--{key}", value)]
     seen = command(row["processes"], capsys, "--train", *words, *["--compile"] * row["compile"])
     return torch.load(f"{name}.resume.pt", weights_only=True), seen

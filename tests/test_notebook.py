@@ -243,7 +243,7 @@ CHANGES = [
     ("9", "2", "is_causal=T > 1", "is_causal=False", "in the whole model"),
     ("10", "2", ".triu(1 + S - T)", ".triu(2 + S - T)", "leaks into the past"),
     ("10", "2", "self.proj(out.transpose", "self.proj(v.transpose", "can't see the past"),
-    ("11", "2", "config.tie_weights:  # tokens", "config.tie_weights or True:  # tokens",
+    ("11", "2", "if config.tie_weights:\n            model.", "if True:\n            model.",
      "what was added?"),
     ("12", "2", "nn.init.zeros_(parameter)", "nn.init.normal_(parameter)", "no blind guess"),
     ("13", "2 5 12", "return x + self.feed_forward(self.ln_2(x))",
