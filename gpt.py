@@ -320,6 +320,36 @@ class Block(nn.Module):
         x = x + self.attention(self.ln_1(x), rotation, cache, maps)  # (B, T, C)
         return x + self.feed_forward(self.ln_2(x))  # (B, T, C)
 
+class Muon(torch.optim.Optimizer):
+    """An optimizer for matrices: gradients, averaged over steps, whose directions all count alike.
+
+    Most of a gradient lies along few (singular vectors; see kellerjordan.github.io/posts/muon).
+    """
+    def __init__(self, parameters, lr, weight_decay):
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self):
+        """Change every parameter by its gradient, p.grad."""
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                x = p.grad.lerp(average.lerp_(p.grad, 0.1), 0.9)  # the newest counts a little more
+                x = x.T if len(p) > len(p.T) else x  # (rows, columns), with rows <= columns
+                # Newton-Schulz: x <- (3.4445 I - 4.775 x x^T + 2.0315 (x x^T)^2) x brings singular
+                # values near 1. Here it runs on x x^T, which is smaller, and x is multiplied once.
+                x = x / x.norm().clamp(min=1e-12)
+                square, product = x @ x.T, torch.eye(len(x), device=x.device)  # (rows, rows)
+                for _ in range(5):
+                    factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+                    factor.diagonal().add_(3.4445)
+                    product, square = factor @ product, factor @ square @ factor
+                x = product @ x
+                x = x.T if len(p) > len(p.T) else x
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                # As long as AdamW's steps (arXiv 2502.16982, 2.2): one learning rate for both.
+                p.sub_(x, alpha=0.2 * group["lr"] * math.sqrt(max(p.shape)))
+
 # GPT-2 is this model with other numbers: its names for our weights, and what it has to be.
 GPT2_IS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
@@ -432,17 +462,15 @@ class GPTLanguageModel(nn.Module):
             return cls.from_state(config, state)
 
     def make_optimizers(self, config):
-        """[AdamW], and for the blocks' matrices Muon (kellerjordan.github.io/posts/muon)."""
-        use_muon = config.optimizer == "muon" and hasattr(torch.optim, "Muon")  # PyTorch 2.9
-        muon = [p for p in self.blocks.parameters() if p.dim() == 2 and use_muon]
+        """[AdamW], and with `muon` one that takes the blocks' matrices off its hands."""
+        muon = [p for p in self.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
         rest = [p for p in self.parameters() if p not in set(muon)]
         # Decay is for matrices: norms and biases have no reason to be small.
         groups = [{"params": [p for p in rest if p.dim() == dim], "weight_decay": decay}
                   for dim, decay in ((2, config.weight_decay), (1, 0.0))]
         optimizers = [torch.optim.AdamW(groups, config.learning_rate, (0.9, 0.95), fused=True)]
-        if muon:  # scaled to the length of AdamW's steps (arXiv 2502.16982): one rate for both
-            optimizers.append(torch.optim.Muon(muon, config.learning_rate, config.weight_decay,
-                                               momentum=0.9, adjust_lr_fn="match_rms_adamw"))
+        if muon:
+            optimizers.append(Muon(muon, config.learning_rate, config.weight_decay))
         return optimizers
 
     # ---------------------------------------------------------------------------- 4. generation
@@ -821,7 +849,7 @@ def train(**flags):
     minutes = (steps * a_step + (1 + steps // config.eval_interval) * an_evaluation) / 60
     model.zero_grad()
     say(f"{about}\n{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device} "
-        f"in {str(precision)[6:]}, {'Muon' if optimizers[1:] else 'no Muon'}; {steps:,} steps of "
+        f"in {str(precision)[6:]}, optimizer {config.optimizer}; {steps:,} steps of "
         f"{per_step:,} tokens: {steps * per_step / len(train_data):.1f} epochs in about "
         f"{minutes:.1f} minutes. Guessing is a loss of {math.log(architecture.vocab_size):.4f}.")
     if config.wandb and rank == 0:

@@ -228,11 +228,10 @@ def test_every_parameter_has_one_optimizer(make_model, optimizer, tie_weights):
     assert len(matrices) == 8
     assert sorted(sum(taken, [])) == sorted(map(id, model.parameters()))
     kinds = {type(each): set(ids) for each, ids in zip(optimizers, taken, strict=True)}
-    assert kinds.keys() <= {torch.optim.AdamW, getattr(torch.optim, "Muon", None)}
     if optimizer == "muon":
-        assert kinds[torch.optim.Muon] == set(matrices)
+        assert kinds.keys() == {torch.optim.AdamW, gpt.Muon} and kinds[gpt.Muon] == set(matrices)
     else:
-        assert len(optimizers) == 1
+        assert kinds.keys() == {torch.optim.AdamW}
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -245,6 +244,54 @@ def test_decay_is_for_matrices(make_model, optimizer):
             assert group["lr"] == 1e-4
             for parameter in group["params"]:
                 assert group["weight_decay"] == (0.3 if parameter.dim() == 2 else 0.0)
+
+
+@pytest.mark.parametrize("shape", [(24, 96), (96, 24), (32, 32), (1, 5)])
+@pytest.mark.parametrize("rank", [1, 3, 32])
+def test_muon_is_newton_schulz(shape, rank):
+    """A step is the published iteration, done in float64 as it is written, of Nesterov momentum."""
+    rng = torch.Generator().manual_seed(rank)
+    rank, last = min(rank, *shape), torch.zeros(shape, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.randn(shape, generator=rng))
+    muon = gpt.Muon([p], lr=0.03, weight_decay=0.5)
+    for _ in range(3):  # gradients whose singular values lie far apart, or are zero
+        spread = 10.0 ** -torch.linspace(0, 4, rank)
+        p.grad = (torch.randn(shape[0], rank, generator=rng) * spread) @ torch.randn(
+            rank, shape[1], generator=rng)
+        gradient, before = p.grad.double(), p.detach().double()
+        muon.step()
+        last = 0.9 * last + 0.1 * gradient
+        x = 0.9 * last + 0.1 * gradient
+        x = x / x.norm()
+        for _ in range(5):
+            x = 3.4445 * x + (-4.775 * x @ x.T + 2.0315 * x @ x.T @ x @ x.T) @ x
+        expected = before * (1 - 0.03 * 0.5) - 0.03 * 0.2 * max(shape) ** 0.5 * x
+        step = (expected - before).norm().item()
+        assert (p.detach().double() - expected).norm().item() < 2e-3 * step
+    assert (muon.state[p]["momentum_buffer"] - last).norm() < 1e-6 * last.norm()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9 has none")
+def test_muon_steps_like_pytorchs():
+    """PyTorch's runs in bf16, so that the two agree to a few hundredths."""
+    rng = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.zeros(48, 192)) for _ in range(2))
+    optimizers = [gpt.Muon([ours], lr=0.01, weight_decay=0.1), torch.optim.Muon(
+        [theirs], lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")]
+    for _ in range(5):
+        ours.grad = torch.randn(48, 192, generator=rng)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.03 * ours.norm()
+
+
+def test_muon_survives_a_gradient_of_zeros():
+    """A matrix that nothing depends on yet stays where it is."""
+    p = torch.nn.Parameter(torch.ones(4, 8))
+    p.grad = torch.zeros(4, 8)
+    gpt.Muon([p], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(p.detach(), torch.ones(4, 8))
 
 
 def test_muons_steps_are_as_long_as_adamws(make_model):

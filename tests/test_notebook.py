@@ -286,7 +286,7 @@ LONG_CHANGES = [
     ("19", "2 12f 13f", "rotation = self.rotation(positions)", "rotation = None",
      "with two layers"),
     ("19", "2 12f 13f", "maps.append(weights)", "maps.insert(0, weights)", "the stripe should be"),
-    ("21", "2 12f 13f", 'config.optimizer == "muon" and', 'config.optimizer == "Muon" and',
+    ("21", "2 12f 13f", 'p.dim() == 2 and config.optimizer == "muon"]', "False]",
      "far more than directly"),
 ]
 NO_CHANGE = {  # asserts that no line of gpt.py can break, and what breaks them

@@ -591,16 +591,6 @@ def test_a_misspelt_option_is_not_ignored():
 
 
 # -------------------------------------------------------------------------- optional libraries
-def test_without_muon_adamw_takes_its_place(monkeypatch, capsys):
-    """PyTorch before 2.9 has no Muon: the run says so and goes on."""
-    if hasattr(torch.optim, "Muon"):
-        monkeypatch.delattr(torch.optim, "Muon")
-    run = train(optimizer="muon", max_iters=60, eval_interval=60)
-    assert "Muon" in capsys.readouterr().out and len(run["optimizers"]) == 1
-    assert run["history"][-1]["val_loss"] < run["history"][0]["val_loss"] - 0.3
-    gpt.train(resume=True, ckpt="run.pt", max_iters=62)  # and it can go on
-
-
 def test_compile_compiles_and_leaves_no_trace_in_the_checkpoint(monkeypatch):
     """The same training through torch.compile; no name begins with _orig_mod.
 

@@ -200,8 +200,8 @@ class Watch:
                     "write best model" if name.endswith(".pt") else "write log")
 
         def after_step(optimizer, args, kwargs):
-            if not hasattr(torch.optim, "Muon") or isinstance(optimizer, torch.optim.Muon):
-                self.count(8)  # Muon steps last
+            if isinstance(optimizer, gpt.Muon):  # it steps last
+                self.count(8)
                 self.phase = "between"
 
         def before_step(optimizer, args, kwargs):
