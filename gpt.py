@@ -859,14 +859,14 @@ def train(**flags):
     if rank == 0 and not config.resume:
         set_aside(ckpt, say)
     history, loss = run["history"], 0.0
-    stops, stopping, last = [], False, True  # stops: signals so far
+    stops, stopping, last, saving = [], False, True, False  # stops: signals so far
     def written():  # when the resume file was last written, to notice if another run does it too
         return resume_file.stat().st_mtime_ns if os.path.exists(resume_file) else None
     seen = written()
 
     def on_signal(number, frame):
         stops.append(number)
-        if stops[1:]:  # the first lets the step end and saves; the second ends it at once
+        if stops[1:] and not saving:  # the first ends the run after this step, the second at once
             raise KeyboardInterrupt(number)
     handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=steps * per_step, initial=run["iteration"] * per_step, unit="token",
@@ -894,12 +894,13 @@ def train(**flags):
                 if config.wandb and rank == 0:
                     wandb.log(history[-1], step=step)
             if rank == 0 and (due or stopping):
+                saving = True  # torch.save, interrupted, can abort the whole program
                 check(written() in (seen, None), f"Another run writes to {ckpt}: this one stops.")
                 if improved or not ckpt.exists():
                     save_checkpoint(ckpt, model, tokenizer, **run)
                 save_checkpoint(resume_file, model, tokenizer, **run, scaler=scaler.state_dict(),
                                 optimizers=[optimizer.state_dict() for optimizer in optimizers])
-                seen = written()
+                seen, saving = written(), False
             if last or stopping:
                 break
             clock = time.perf_counter()

@@ -165,6 +165,27 @@ def test_a_second_signal_stops_at_once_and_loses_nothing_saved(at_step):
     assert difference(stored("whole.resume.pt"), stored("run.resume.pt")) is None
 
 
+def test_two_signals_in_the_middle_of_a_save_let_it_end(monkeypatch, capsys):
+    """torch.save, torn out of its writing, aborts Python: the file is whole, then the run ends."""
+    real, writes = torch.save, []
+
+    def save(content, file):
+        real(content, file)
+        writes.append(file.name)
+        if len(writes) == 4:  # the second save of the resume state
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert command(ckpt="whole.pt") == 0
+    monkeypatch.setattr(torch, "save", save)
+    assert command() == 130
+    assert "run.resume.pt" in writes[3] and "Traceback" not in capsys.readouterr().err
+    assert stored("run.resume.pt")["iteration"] in (5, 6)
+    assert not list(Path().glob("*.tmp"))
+    assert resume() == 0
+    assert difference(stored("whole.resume.pt"), stored("run.resume.pt")) is None
+
+
 def test_the_signal_handlers_come_back(at_step):
     """A notebook's Ctrl-C works as before, however the training ended."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

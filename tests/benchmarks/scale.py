@@ -40,19 +40,20 @@ def measure(name):
         gpt.GPTConfig(**{"vocab_size": 65, "attention": "explicit", **size})
     )
     optimizers = model.make_optimizers(gpt.TrainConfig())
+    precision = gpt.choose_precision("auto", torch.device("cpu"))
     T, V = size["block_size"], model.config.vocab_size
     x = torch.randint(V, (batch, T))
     times = []
     for _ in range(4):
         clock = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             loss = model(x, x)[1]
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()
         model.zero_grad()
         times.append(time.perf_counter() - clock)
-    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    a = torch.randn(2048, 2048, dtype=precision)
     a @ a
     clock = time.perf_counter()
     for _ in range(5):
@@ -67,6 +68,7 @@ def measure(name):
     return {
         "size": name,
         "parameters": parameters,
+        "precision": str(precision)[6:],
         "training tokens/s": round(speed),
         "share of peak": round(6 * parameters * speed / peak, 2),
         "generated tokens/s": round(50 / (time.perf_counter() - clock)),
