@@ -546,6 +546,7 @@ def probabilities(logits, how):
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     values, kept = (logits / how.temperature).topk(min(how.top_k or 2**40, logits.size(-1)))
     probs = F.softmax(values, dim=-1)  # (B, k), the likeliest first
+    check(probs.isfinite().all(), "The model's scores are not numbers: its weights are too large.")
     # Drop a token if the likelier ones reach top_p (arXiv 1904.09751); drawing rescales the rest.
     probs[:, 1:] *= probs.cumsum(dim=-1)[:, :-1] < how.top_p
     return torch.zeros_like(logits).scatter(1, kept, probs)

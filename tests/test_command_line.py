@@ -319,6 +319,19 @@ def test_interactive_goes_on_after_a_mistake(monkeypatch, capsys, line, encoding
     assert "her hat" in out and "alphabet" in err and "Traceback" not in err
 
 
+def test_weights_too_large_to_reckon_with_get_one_sentence(tmp_path, capsys):
+    """Finite, so that the file opens; what they come to is no number any more."""
+    tokenizer = gpt.CharTokenizer.from_text("ab\n")
+    model = gpt.GPTLanguageModel(gpt.GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8,
+                                               vocab_size=3))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 1e30)
+    gpt.save_checkpoint(tmp_path / "huge.pt", model, tokenizer)
+    assert gpt.main(["--sample", "--ckpt", str(tmp_path / "huge.pt")]) == 2
+    error = capsys.readouterr().err
+    assert "its weights are too large" in error and "Traceback" not in error
+
+
 def test_ctrl_c_while_writing_is_exit_code_130(monkeypatch, capsys):
     """Without a traceback."""
     def stream(self, *args, **kwargs):

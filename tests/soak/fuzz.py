@@ -10,6 +10,7 @@ by at most --memory MiB, and 16 bytes for each byte of the text, beyond what the
 takes (the address space is limited to 4 GiB more).
 """
 import argparse
+import contextlib
 import io
 import os
 import pickle
@@ -112,7 +113,8 @@ def mutate(content, chance):
         elif kind == "add":
             node.append(hostile_value(chance))
         elif kind == "alter" and torch.is_tensor(node[key]) and node[key].numel() < 10**6:
-            node[key] = alter(node[key], chance)
+            with contextlib.suppress(RuntimeError):  # what an earlier change made sparse or meta
+                node[key] = alter(node[key], chance)
         elif kind == "alter" and type(node[key]) in (int, float):
             node[key] = chance.choice([-node[key], node[key] * 1000, node[key] + 1, str(node[key]),
                                        float(node[key]), [node[key]], 2**31, NAN])
