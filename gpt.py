@@ -1000,10 +1000,11 @@ def parse(argv):
             how = {"action": argparse.BooleanOptionalAction} if f.type is bool else how
             names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
             parser.add_argument(*names, help=f"{f.metadata['help']} [{f.default}]", **how)
-    flags = vars(parser.parse_args(argv))
-    if strange := flags.keys() - {"run", *(f.name for f in groups[flags["run"]])}:
-        parser.error(f"--{strange.pop()} is not an option of --{flags['run'].__name__}")
-    return flags
+    flags, strange = parser.parse_known_args(argv)
+    known = {"run", *(f.name for f in groups[flags.run])}
+    if strange := strange + [f"--{name}" for name in vars(flags) if name not in known]:
+        parser.error(f"{strange[0]!r} is not an option of --{flags.run.__name__}")
+    return vars(flags)
 
 def main(argv=None):
     """Run one command; returns the exit code: 0, 2 for a person's mistake, 130 after Ctrl-C."""

@@ -112,6 +112,11 @@ def test_words_that_make_no_command_are_refused(refusal, words):
     refusal(*words.split())
 
 
+def test_a_word_of_several_lines_is_refused_in_one(refusal):
+    """As it stands in the message, a newline is a backslash and an n."""
+    assert r"'a\nb'" in refusal("--train", "a\nb")
+
+
 @pytest.mark.parametrize("words", [
     "--n_layer 0", "--n_layer -1", "--n_layer 1.5", "--n_layer two", "--n_head 0", "--n_head 3",
     "--n_embd 15", "--n_embd 18 --n_head 6", "--block_size 0", "--block_size 100000",

@@ -106,7 +106,7 @@ def disk(folder, how):
             break
         yield f"write {n} fails", refused_well(done, here) or goes_on(here, reference)
         n += how.every
-    size = (reference / "run.resume.pt").stat().st_size
+    size = (here / "run.resume.pt").stat().st_size  # of the run that got through
     for limit in range(2048, size, 2048 * how.every):
         here = prepare(folder / "run")
 
