@@ -101,7 +101,7 @@ class TrainConfig(Options):
     max_iters: int = option(2000, "optimizer steps", low=1)
     batch_size: int = option(16, "sequences in one forward pass of one process", low=1)
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step", low=1)
-    optimizer: str = option("muon", "muon: AdamW for all but the blocks' matrices", "muon", "adamw")
+    optimizer: str = option("muon", "muon: AdamW for the rest of the model", "muon", "adamw")
     learning_rate: float = option(4e-3, "the highest; Muon's steps are as long as AdamW's")
     weight_decay: float = option(0.1, "pull of the matrices towards zero")
     warmup_iters: int = option(0, "steps over which the learning rate rises")
@@ -133,7 +133,7 @@ class SampleConfig(Options):
 PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
                 eval_interval=300, weight_decay=0.0, attention="explicit"),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.2, max_iters=3400, weight_decay=1.0,
+    "laptop": dict(n_head=4, n_embd=256, dropout=0.1, max_iters=3400, weight_decay=2.0,
                    attention="explicit"),
     "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000, weight_decay=1.0),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
@@ -284,7 +284,7 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs)
         if self.config.attention == "fused" and maps is None:
-            # The same mask; T > 1 means that S = T, says `forward`. One newest query sees all keys.
+            # The same mask: the model calls this with T > 1 only if S = T. T = 1 sees all keys.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         else:
             out, weights = self.head(q, k, v)  # (B, nh, T, hs), (B, nh, T, S)
@@ -321,9 +321,9 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ln_2(x))  # (B, T, C)
 
 class Muon(torch.optim.Optimizer):
-    """An optimizer for matrices: gradients, averaged over steps, whose directions all count alike.
+    """Averages a matrix's gradients over steps, and makes all directions of the mean equal.
 
-    Most of a gradient lies along few (singular vectors; see kellerjordan.github.io/posts/muon).
+    By itself a gradient is strong along a few of them (kellerjordan.github.io/posts/muon).
     """
     def __init__(self, parameters, lr, weight_decay):
         super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
@@ -334,10 +334,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                x = p.grad.lerp(average.lerp_(p.grad, 0.1), 0.9)  # the newest counts a little more
+                average.lerp_(p.grad, 0.1)  # 0.9 of the old one, 0.1 of what is new
+                x = p.grad.lerp(average, 0.9)  # the newest counts once more
                 x = x.T if len(p) > len(p.T) else x  # (rows, columns), with rows <= columns
-                # Newton-Schulz: x <- (3.4445 I - 4.775 x x^T + 2.0315 (x x^T)^2) x brings singular
-                # values near 1. Here it runs on x x^T, which is smaller, and x is multiplied once.
+                # Newton-Schulz: x <- factor x, five times, brings x's singular values near 1, with
+                # factor = 3.4445 I - 4.775 square + 2.0315 square^2 and square = x x^T. The new x's
+                # square needs no x, so that only these small matrices change, and x at the end.
                 x = x / x.norm().clamp(min=1e-12)
                 square, product = x @ x.T, torch.eye(len(x), device=x.device)  # (rows, rows)
                 for _ in range(5):
@@ -347,7 +349,8 @@ class Muon(torch.optim.Optimizer):
                 x = product @ x
                 x = x.T if len(p) > len(p.T) else x
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # As long as AdamW's steps (arXiv 2502.16982, 2.2): one learning rate for both.
+                # x's entries are about 1 / sqrt(columns), AdamW's steps about 0.2: made as long,
+                # they can have the same learning rate (arXiv 2502.16982, section 2.2).
                 p.sub_(x, alpha=0.2 * group["lr"] * math.sqrt(max(p.shape)))
 
 # GPT-2 is this model with other numbers: its names for our weights, and what it has to be.
@@ -456,7 +459,7 @@ class GPTLanguageModel(nn.Module):
                     key = key.replace(openai, ours)
                 if not key.endswith((".attn.bias", ".attn.masked_bias")):  # masks, not weights
                     matrix = key.startswith("blocks.") and tensor.dim() == 2  # stored as (in, out)
-                    state[key] = tensor.T.contiguous() if matrix else tensor
+                    state[key] = tensor.T if matrix else tensor
             if config.tie_weights:
                 state["lm_head.weight"] = state["token_embedding.weight"]
             return cls.from_state(config, state)
@@ -661,7 +664,8 @@ def load_checkpoint(path, device="cpu"):
 def open_model(name):
     """load_checkpoint(name), looked for in checkpoints/ too; or GPT-2 by its name or folder."""
     path = Path(name) if os.path.exists(name) else HERE / "checkpoints" / name
-    if os.path.isdir(path) or not os.path.exists(path) and name.startswith("gpt2"):
+    if os.path.isdir(path) or name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        name = path if os.path.isdir(path) else name
         return GPTLanguageModel.from_pretrained(name), BPETokenizer.load(name), {}
     print(f"Opening {path}", file=sys.stderr)
     return load_checkpoint(path if os.path.exists(path) else name)
@@ -743,7 +747,7 @@ def set_aside(ckpt, say):
             say(f"The earlier run's {file} is now called {new}.")
 
 def train(**flags):
-    """Train as the command line's flags say, as process `rank` of `world`: model, tokenizer."""
+    """Train as the flags say (torchrun: one of several processes); returns model, tokenizer."""
     from tqdm import tqdm
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     say = tqdm.write if rank == 0 else lambda text: None
@@ -800,15 +804,15 @@ def train(**flags):
     network = model.to(device).train()
     optimizers = model.make_optimizers(config)
     if world > 1 and not dist.is_initialized():
-        # Not before the first optimizer: what that imports keeps a group that is already there
-        # (torch.distributed.nn.functional), and its threads could abort the program at its exit.
+        # After the first optimizer, which imports torch.distributed.nn.functional: that would keep
+        # a group that is already there for ever, and its threads could abort Python at its exit.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     if config.resume:
         with explain(f"{resume_file} does not hold the state of a run"):
             for optimizer, state in zip(optimizers, run.pop("optimizers"), strict=True):
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
-                for p, old in optimizer.state.items():  # its kernels trust these shapes blindly
+                for p, old in optimizer.state.items():  # AdamW's kernels trust these shapes
                     shapes = {"momentum_buffer": p.shape} if optimizer is not optimizers[0] else {
                         "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                     check({key: t.shape for key, t in old.items()} == shapes and all(
@@ -841,25 +845,26 @@ def train(**flags):
         except Exception as error:
             say(f"torch.compile failed, so the run goes on without it: {str(error)[:200]}")
             network = model
-    gradients(0)  # the first pass is slower than those that follow
+    gradients(0).item()  # the first pass is slower than those that follow
     clock, per_step, steps = time.perf_counter(), T * B * passes * world, config.max_iters
     gradients(0).item()
     a_step, clock = 1.3 * (time.perf_counter() - clock), time.perf_counter()  # with the optimizer
     estimate_loss(model, val_data, max(1, min(len(val_data), config.eval_tokens) // 20))
-    an_evaluation = 25 * (time.perf_counter() - clock)  # of the training split a quarter as much
-    minutes = (steps * a_step + (1 + steps // config.eval_interval) * an_evaluation) / 60
+    an_evaluation = 25 * (time.perf_counter() - clock)  # 20, and a quarter more for training
+    left = steps - run["iteration"]
+    minutes = (left * a_step + (1 + left // config.eval_interval) * an_evaluation) / 60
     model.zero_grad()
     say(f"{about}\n{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {device} "
-        f"in {str(precision)[6:]}, optimizer {config.optimizer}; {steps:,} steps of "
-        f"{per_step:,} tokens: {steps * per_step / len(train_data):.1f} epochs in about "
-        f"{minutes:.1f} minutes. Guessing is a loss of {math.log(architecture.vocab_size):.4f}.")
+        f"in {str(precision)[6:]}, optimizer {config.optimizer}; {steps:,} steps of {per_step:,} "
+        f"tokens: {steps * per_step / len(train_data):.1f} epochs, about {minutes:.1f} minutes "
+        f"to go. Guessing is a loss of {math.log(architecture.vocab_size):.4f}.")
     if config.wandb and rank == 0:
         import wandb
         with explain(f"--wandb {config.wandb} can't be logged to: try `wandb login`"):
             wandb.init(project=config.wandb, config=asdict(config) | asdict(architecture))
     if rank == 0 and not config.resume:
         set_aside(ckpt, say)
-    history, loss = run["history"], 0.0
+    history, loss = run["history"], 0.0  # loss: the latest that is known, of whatever text
     stops, stopping, last, saving = [], False, True, False  # stops: signals so far
     def written():  # when the resume file was last written, to notice if another run does it too
         return resume_file.stat().st_mtime_ns if os.path.exists(resume_file) else None
@@ -918,7 +923,8 @@ def train(**flags):
                     scaler.step(optimizer)
             scaler.update()
             model.zero_grad()
-            stopping = status[1] > 0 if world > 1 else stops  # told to one, all stop at one step
+            # What one process was told all know after the same step.
+            stopping = status[1] > 0 if world > 1 else bool(stops)
             if stopping or step % 10 == 0:
                 loss = status[0].item()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -926,7 +932,7 @@ def train(**flags):
             run["seconds"] += time.perf_counter() - clock  # of training: evaluations don't count
         if rank == 0:
             write_log(ckpt, history)
-        average_over_processes(torch.zeros(1, device=device))  # wait until all is written
+        average_over_processes(torch.zeros(1, device=device))  # wait until rank 0 has written
         if world > 1:
             dist.destroy_process_group()  # ends its threads, before Python goes away under them
     finally:
@@ -1018,7 +1024,8 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a bug, not a mistake
         advice = {UserError: "", ModuleNotFoundError: ": pip install it"}
-        advice = advice.get(type(error), ": take a smaller --batch_size, --block_size or --n_embd")
+        advice = advice.get(type(error), ": take a smaller --batch_size, --block_size or --n_embd, "
+                            "or fewer --num_samples or --beams")
         print(f"gpt.py: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
