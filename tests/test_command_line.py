@@ -324,6 +324,11 @@ def test_interactive_goes_on_after_a_mistake(monkeypatch, capsys, line, encoding
     assert "her hat" in out and "alphabet" in err and "Traceback" not in err
 
 
+def test_a_missing_checkpoint_is_not_looked_for_on_the_hub(refusal):
+    """Its name may begin with gpt2: only the names of OpenAI's models are fetched."""
+    assert "can't be used as a checkpoint" in refusal("--sample", "--ckpt", "gpt2_mine.pt")
+
+
 def test_weights_too_large_to_reckon_with_get_one_sentence(tmp_path, capsys):
     """Finite, so that the file opens; what they come to is no number any more."""
     tokenizer = gpt.CharTokenizer.from_text("ab\n")
