@@ -132,9 +132,8 @@ class SampleConfig(Options):
 
 PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
-                eval_interval=300, weight_decay=0.0, attention="explicit"),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.1, max_iters=3400, weight_decay=2.0,
-                   attention="explicit"),
+                eval_interval=300, weight_decay=0.0),
+    "laptop": dict(n_head=4, n_embd=256, dropout=0.1, max_iters=3400, weight_decay=2.0),
     "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000, weight_decay=1.0),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
                     optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
@@ -332,21 +331,23 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """Change every parameter by its gradient, p.grad."""
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            parameters, means = [p for p in group["params"] if p.grad is not None], []
+            for p in parameters:
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 average.lerp_(p.grad, 0.1)  # 0.9 of the old one, 0.1 of what is new
                 x = p.grad.lerp(average, 0.9)  # the newest counts once more
-                x = x.T if len(p) > len(p.T) else x  # (rows, columns), with rows <= columns
-                # Newton-Schulz: x <- factor x, five times, brings x's singular values near 1, with
-                # factor = 3.4445 I - 4.775 square + 2.0315 square^2 and square = x x^T. The new x's
-                # square needs no x, so that only these small matrices change, and x at the end.
-                x = x / x.norm().clamp(min=1e-12)
-                square, product = x @ x.T, torch.eye(len(x), device=x.device)  # (rows, rows)
-                for _ in range(5):
-                    factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
-                    factor.diagonal().add_(3.4445)
-                    product, square = factor @ product, factor @ square @ factor
-                x = product @ x
+                x = x.T if len(p) > len(p.T) else x  # (C, columns): every matrix has a side of C
+                means.append(x / x.norm().clamp(min=1e-12))
+            # Newton-Schulz: x <- factor x, five times, brings x's singular values near 1, with
+            # factor = 3.4445 I - 4.775 square + 2.0315 square^2 and square = x x^T. The new x's
+            # square needs no x, so that only these small matrices change, all n of them at once.
+            square = torch.stack([x @ x.T for x in means])  # (n, C, C)
+            product = torch.eye(square.size(1), device=square.device).expand_as(square)
+            for _ in range(5):
+                factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
+                factor.diagonal(dim1=1, dim2=2).add_(3.4445)
+                product, square = factor @ product, factor @ square @ factor
+            for p, x in zip(parameters, map(torch.mm, product, means), strict=True):
                 x = x.T if len(p) > len(p.T) else x
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 # x's entries are about 1 / sqrt(columns), AdamW's steps about 0.2: made as long,
@@ -594,7 +595,9 @@ def get_batch(data, block_size, batch_size, rng=None, device="cpu", starts=None)
     if starts is None:
         starts = torch.randint(len(data) - block_size, (batch_size,), generator=rng).numpy()
     passages = data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
-    passages = torch.from_numpy(passages).to(device)
+    passages, cuda = torch.from_numpy(passages), torch.device(device).type == "cuda"
+    # From pinned memory a GPU copies by itself: the CPU goes on without waiting for it.
+    passages = (passages.pin_memory() if cuda else passages).to(device, non_blocking=cuda)
     return passages[:, :-1], passages[:, 1:]
 
 def average_over_processes(*tensors):
@@ -912,7 +915,8 @@ def train(**flags):
             clock = time.perf_counter()
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-            status = torch.stack((gradients(step), torch.tensor(float(len(stops)), device=device)))
+            told = torch.full((), float(len(stops)), device=device)
+            status = torch.stack((gradients(step), told))
             # This makes several GPUs one: each has the gradients of its share, then all the mean.
             average_over_processes(status, *(p.grad for p in model.parameters()))
             for optimizer in optimizers:

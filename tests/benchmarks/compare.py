@@ -2,7 +2,7 @@
 
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
     python tests/benchmarks/compare.py loss --nanogpt ../nanoGPT --text tinyshakespeare.txt
-    python tests/benchmarks/compare.py training --nanogpt ../nanoGPT
+    python tests/benchmarks/compare.py training --nanogpt ../nanoGPT  # a GPU: --compiled 1
     python tests/benchmarks/compare.py generation --nanogpt ../nanoGPT
 
 Each side is a process of its own, in turn, round after round; what counts is the ratio within a
@@ -51,9 +51,8 @@ def our_config(recipe, dropout=0.0):
             qk_norm=False,
             activation="gelu",
             tie_weights=True,
-            attention="explicit",
         )
-    return gpt.GPTConfig(**BASELINE, dropout=dropout, attention="explicit")
+    return gpt.GPTConfig(**BASELINE, dropout=dropout)
 
 
 def build(side, nanogpt, dropout=0.0):
@@ -64,37 +63,47 @@ def build(side, nanogpt, dropout=0.0):
     return gpt.GPTLanguageModel(our_config(side, dropout))
 
 
-def child_training(side, nanogpt, dropout):
-    """Tokens per second of whole training steps, bf16 autocast on a CPU, AdamW."""
+def child_training(side, nanogpt, dropout, precision, compiled):
+    """Tokens per second of whole training steps with AdamW."""
     model = build(side, nanogpt, dropout)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch, steps = (64, 100) if device.type == "cuda" else (16, 5)
     model.to(device).train()
     if side == "nanogpt":
-        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device)]
+        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)]
     else:
         optimizers = model.make_optimizers(gpt.TrainConfig(optimizer="adamw"))
-    x = torch.randint(65, (BATCH, 256), device=device)
-    y = torch.randint(65, (BATCH, 256), device=device)
+    dtype = gpt.choose_precision(precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    network = torch.compile(model) if compiled else model
+    x, y = torch.randint(65, (2, batch, 256), device=device)
 
     def step():
-        with torch.autocast(device, torch.bfloat16):
-            loss = model(x, y)[1]
-        loss.backward()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = network(x, y)[1]
+        scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
-            optimizer.step()
+            scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        scaler.update()
+        return loss
 
-    step()
+    for _ in range(1 + steps // 5):
+        step().item()
     times = []
-    for _ in range(STEPS):
+    for _ in range(5):  # on a GPU many steps a time, so that it is never waited for
         clock = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - clock)
+        for _ in range(steps // 5):
+            loss = step()
+        loss.item()
+        times.append((time.perf_counter() - clock) / (steps // 5))
     return {
-        "tokens_per_second": BATCH * 256 / statistics.median(times),
+        "tokens_per_second": batch * 256 / statistics.median(times),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "precision": str(dtype),
     }
 
 
@@ -155,16 +164,18 @@ def child_generation(side, nanogpt, samples):
 
 
 def in_turn(kind, sides, rounds, **options):
-    """Each side in a process of its own, one after the other, `rounds` times."""
+    """Each side (or "side precision") in a process of its own, in turn, `rounds` times."""
     results = {side: [] for side in sides}
     for number in range(rounds):
         for side in sides:
-            call = [sys.executable, __file__, f"child-{kind}", "--side", side]
+            name, _, precision = side.partition(" ")
+            call = [sys.executable, __file__, f"child-{kind}", "--side", name]
+            call += ["--precision", precision] if precision else []
             for name, value in options.items():
                 call += [f"--{name}", str(value)]
             answer = subprocess.run(call, capture_output=True, text=True, check=True).stdout
             results[side].append(json.loads(answer.splitlines()[-1])["tokens_per_second"])
-            print(f"  round {number + 1} {side:13} {results[side][-1]:10,.1f} tokens/s", flush=True)
+            print(f"  round {number + 1} {side:15} {results[side][-1]:10,.1f} tokens/s", flush=True)
     return results
 
 
@@ -174,17 +185,16 @@ def ratio(name, ours, theirs):
 
 
 def compare_training(args):
-    for dropout in (0.0, 0.2):
-        print(f"dropout {dropout}: training tokens/s, {BATCH} x 256, bf16 autocast")
-        results = in_turn(
-            "training",
-            ["nanogpt", "same", "ours"],
-            args.rounds,
-            nanogpt=args.nanogpt,
-            dropout=dropout,
-        )
-        for side in ("same", "ours"):
-            ratio(f"dropout {dropout}, {side} / nanoGPT", results[side], results["nanogpt"])
+    """nanoGPT's model in each of the precisions; ours in the one that --train would take too."""
+    peers = [f"nanogpt {name}" for name in args.precisions]
+    ours = [f"{side} {name}" for side in ("same", "ours") for name in ("auto", *args.precisions)]
+    for dropout in args.dropouts:
+        print(f"dropout {dropout}: training tokens/s")
+        options = dict(nanogpt=args.nanogpt, dropout=dropout, compiled=args.compiled)
+        results = in_turn("training", peers + ours, args.rounds, **options)
+        for side in ours:
+            for peer in peers:
+                ratio(f"dropout {dropout}, {side} / {peer}", results[side], results[peer])
 
 
 def compare_generation(args):
@@ -289,10 +299,17 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dropouts", type=float, nargs="+", default=[0.0, 0.2])
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
+    parser.add_argument("--compiled", type=int, default=0, help="1: torch.compile, all sides")
     parser.add_argument("--samples", type=int, default=1)
     args = parser.parse_args()
     if args.what == "child-training":
-        print(json.dumps(child_training(args.side, args.nanogpt, args.dropout)))
+        result = child_training(
+            args.side, args.nanogpt, args.dropout, args.precision, args.compiled
+        )
+        print(json.dumps(result))
     elif args.what == "child-generation":
         print(json.dumps(child_generation(args.side, args.nanogpt, args.samples)))
     else:
