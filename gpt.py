@@ -336,23 +336,23 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 average.lerp_(p.grad, 0.1)  # 0.9 of the old one, 0.1 of what is new
                 x = p.grad.lerp(average, 0.9)  # the newest counts once more
-                x = x.T if len(p) > len(p.T) else x  # (C, columns): every matrix has a side of C
-                means.append(x / x.norm().clamp(min=1e-12))
+                means.append(x if len(p) <= len(p.T) else x.T)  # (C, columns): all have a side of C
             # Newton-Schulz: x <- factor x, five times, brings x's singular values near 1, with
             # factor = 3.4445 I - 4.775 square + 2.0315 square^2 and square = x x^T. The new x's
             # square needs no x, so that only these small matrices change, all n of them at once.
             square = torch.stack([x @ x.T for x in means])  # (n, C, C)
-            product = torch.eye(square.size(1), device=square.device).expand_as(square)
+            norm = square.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt().clamp(min=1e-12)[:, None, None]
+            square, product = square / norm**2, torch.eye(square.size(1), device=norm.device) / norm
             for _ in range(5):
                 factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
                 factor.diagonal(dim1=1, dim2=2).add_(3.4445)
                 product, square = factor @ product, factor @ square @ factor
-            for p, x in zip(parameters, map(torch.mm, product, means), strict=True):
-                x = x.T if len(p) > len(p.T) else x
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                # x's entries are about 1 / sqrt(columns), AdamW's steps about 0.2: made as long,
-                # they can have the same learning rate (arXiv 2502.16982, section 2.2).
-                p.sub_(x, alpha=0.2 * group["lr"] * math.sqrt(max(p.shape)))
+            for p, x, factor in zip(parameters, means, product, strict=True):
+                # The new x has entries of about 1 / sqrt(columns), AdamW's steps of about 0.2: made
+                # as long, they can have the same learning rate (arXiv 2502.16982, section 2.2).
+                rate = 0.2 * group["lr"] * math.sqrt(max(p.shape))
+                p = p if len(p) <= len(p.T) else p.T
+                p.addmm_(factor, x, beta=1 - group["lr"] * group["weight_decay"], alpha=-rate)
 
 # GPT-2 is this model with other numbers: its names for our weights, and what it has to be.
 GPT2_IS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,

@@ -271,6 +271,24 @@ def test_muon_is_newton_schulz(shape, rank):
     assert (muon.state[p]["momentum_buffer"] - last).norm() < 1e-6 * last.norm()
 
 
+def test_muon_takes_all_matrices_at_once(make_model):
+    """Wide, square and tall together: each steps as it would alone."""
+    together, alone = (make_model(torch.float32, n_embd=32) for _ in range(2))
+    matrices = [[p for p in model.blocks.parameters() if p.dim() == 2]
+                for model in (together, alone)]
+    optimizers = [gpt.Muon(matrices[0], 0.03, 0.5), *(gpt.Muon([p], 0.03, 0.5)
+                                                      for p in matrices[1])]
+    for scale in (1.0, 1e-6, 10.0):
+        for one, other in zip(*matrices, strict=True):
+            one.grad = torch.randn_like(one) * scale
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert len({p.shape for p in matrices[0]}) == 4
+    for one, other in zip(*matrices, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch before 2.9 has none")
 def test_muon_steps_like_pytorchs():
     """PyTorch's runs in bf16, so that the two agree to a few hundredths."""
