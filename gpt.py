@@ -134,7 +134,7 @@ PRESETS = {  # README.md says how long each takes, and to which loss
     "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
                 eval_interval=300, weight_decay=0.0),
     "laptop": dict(n_head=4, n_embd=256, dropout=0.1, max_iters=3400, weight_decay=2.0),
-    "gpu": dict(dropout=0.2, batch_size=64, max_iters=5000, weight_decay=1.0),
+    "gpu": dict(dropout=0.1, max_iters=3400, weight_decay=2.0),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
                     optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
                     max_iters=5000, eval_interval=500),
@@ -239,14 +239,15 @@ class KVCache:
     """
     def __init__(self, model, batch_size):
         c, weight = model.config, model.lm_head.weight
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.store, self.length = weight.new_zeros(shape), 0  # length: tokens read so far
+        shape = (2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.stores, self.length = [weight.new_zeros(shape) for _ in range(c.n_layer)], 0
 
     def append(self, layer, k, v):
         """Add a layer's keys and values (B, nh, T, hs); return all it has, each (B, nh, S, hs)."""
-        slot, T = self.length % self.store.size(4), k.size(2)
-        self.store[layer, :, :, :, slot : slot + T] = torch.stack((k, v))
-        return self.store[layer, :, :, :, : self.length + T]
+        store, T = self.stores[layer], k.size(2)  # (2, B, nh, block_size, hs)
+        slot = self.length % store.size(3)  # length: tokens read so far
+        store[:, :, :, slot : slot + T] = torch.stack((k, v))
+        return store[:, :, :, : self.length + T]
 
 class Dropout(nn.Dropout):
     """Zeroes a share of the activations while the model learns: never when it writes (no_grad)."""
@@ -277,7 +278,7 @@ class MultiHeadAttention(nn.Module):
         if self.config.qk_norm:  # mean 0, spread 1 bounds the scores, so that large steps are safe
             qk = F.layer_norm(qk, qk.shape[-1:])
         if rotation is not None:  # channels i and i + hs/2 turn together
-            cos, sin = (table.to(qk.dtype) for table in rotation)
+            cos, sin = rotation
             qk = qk * cos + qk.roll(C // nh // 2, dims=-1) * sin
         q, k, v = (t.transpose(1, 2) for t in (*qk.unbind(dim=2), v))  # each (B, nh, T, hs)
         if cache is not None:
@@ -541,7 +542,7 @@ class GPTLanguageModel(nn.Module):
             first = torch.arange(0, len(tokens), beams, device=best.device)[:, None]  # (B, 1)
             rows = (first + best // V).flatten()  # the beams that go on
             tokens = torch.cat((tokens[rows], best.view(-1, 1) % V), dim=1)
-            cache.store = cache.store[:, :, rows]
+            cache.stores = [store[:, rows] for store in cache.stores]
         return tokens[::beams, T:].T
 
 def probabilities(logits, how):
