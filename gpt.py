@@ -341,6 +341,7 @@ class Muon(torch.optim.Optimizer):
             # Newton-Schulz: x <- factor x, five times, brings x's singular values near 1, with
             # factor = 3.4445 I - 4.775 square + 2.0315 square^2 and square = x x^T. The new x's
             # square needs no x, so that only these small matrices change, all n of them at once.
+            # Before, each x is divided by its norm, whose square is the sum of square's diagonal.
             square = torch.stack([x @ x.T for x in means])  # (n, C, C)
             norm = square.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt().clamp(min=1e-12)[:, None, None]
             square, product = square / norm**2, torch.eye(square.size(1), device=norm.device) / norm

@@ -37,7 +37,7 @@ def measure(name):
     batch = size.pop("batch")
     torch.manual_seed(0)
     model = gpt.GPTLanguageModel(
-        gpt.GPTConfig(**{"vocab_size": 65, "attention": "explicit", **size})
+        gpt.GPTConfig(**{"vocab_size": 65, **size})
     )
     optimizers = model.make_optimizers(gpt.TrainConfig())
     precision = gpt.choose_precision("auto", torch.device("cpu"))
@@ -83,7 +83,7 @@ def processes(name):
     rates, steps = {}, 100_000 // (batch * size["block_size"])
     for count in (1, 2):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        flags = dict(size, batch_size=batch // count, max_iters=steps, attention="explicit",
+        flags = dict(size, batch_size=batch // count, max_iters=steps,
                      data=ROOT / "input.txt", ckpt="run.pt", device="cpu")
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(
