@@ -233,7 +233,7 @@ class Head(nn.Module):
         return weights.to(v.dtype) @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
 class KVCache:
-    """Keys and values of the tokens read so far: the mask keeps later tokens from changing them.
+    """Keys and values of the tokens read so far, which no later token changes: it is masked.
 
     A ring of block_size: once full (rotary only), the newest replaces the oldest.
     """
@@ -245,7 +245,7 @@ class KVCache:
     def append(self, layer, k, v):
         """Add a layer's keys and values (B, nh, T, hs); return all it has, each (B, nh, S, hs)."""
         store, T = self.stores[layer], k.size(2)  # (2, B, nh, block_size, hs)
-        slot = self.length % store.size(3)  # length: tokens read so far
+        slot = self.length % store.size(3)  # length: tokens read so far, as `forward` counts them
         store[:, :, :, slot : slot + T] = torch.stack((k, v))
         return store[:, :, :, : self.length + T]
 
@@ -333,14 +333,18 @@ class Muon(torch.optim.Optimizer):
         """Change every parameter by its gradient, p.grad."""
         for group in self.param_groups:
             parameters, means = [p for p in group["params"] if p.grad is not None], []
+            if not parameters:  # all are frozen
+                continue
             for p in parameters:
-                average = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                average = self.state[p]["momentum_buffer"]
                 average.lerp_(p.grad, 0.1)  # 0.9 of the old one, 0.1 of what is new
                 x = p.grad.lerp(average, 0.9)  # the newest counts once more
                 means.append(x if len(p) <= len(p.T) else x.T)  # (C, columns): all have a side of C
             # Newton-Schulz: x <- factor x, five times, brings x's singular values near 1, with
             # factor = 3.4445 I - 4.775 square + 2.0315 square^2 and square = x x^T. The new x's
-            # square needs no x, so that only these small matrices change, all n of them at once.
+            # square needs no x: first all five factors are multiplied, for all n matrices at once.
             # Before, each x is divided by its norm, whose square is the sum of square's diagonal.
             square = torch.stack([x @ x.T for x in means])  # (n, C, C)
             norm = square.diagonal(dim1=1, dim2=2).sum(dim=1).sqrt().clamp(min=1e-12)[:, None, None]
@@ -349,12 +353,12 @@ class Muon(torch.optim.Optimizer):
                 factor = torch.baddbmm(square, square, square, beta=-4.775, alpha=2.0315)
                 factor.diagonal(dim1=1, dim2=2).add_(3.4445)
                 product, square = factor @ product, factor @ square @ factor
-            for p, x, factor in zip(parameters, means, product, strict=True):
+            for p, x, matrix in zip(parameters, means, product, strict=True):
                 # The new x has entries of about 1 / sqrt(columns), AdamW's steps of about 0.2: made
                 # as long, they can have the same learning rate (arXiv 2502.16982, section 2.2).
                 rate = 0.2 * group["lr"] * math.sqrt(max(p.shape))
                 p = p if len(p) <= len(p.T) else p.T
-                p.addmm_(factor, x, beta=1 - group["lr"] * group["weight_decay"], alpha=-rate)
+                p.addmm_(matrix, x, beta=1 - group["lr"] * group["weight_decay"], alpha=-rate)
 
 # GPT-2 is this model with other numbers: its names for our weights, and what it has to be.
 GPT2_IS = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,

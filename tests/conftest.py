@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read at import
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits are compared: a GPU doesn't repeat them
+# Most tests compare bits, which a GPU doesn't repeat: it is hidden unless TEST_GPU names one.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")
 
 import pytest
 import torch

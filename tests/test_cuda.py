@@ -1,6 +1,6 @@
-"""What only a GPU can show; test_training.py has the logic of it. The other tests hide the GPU.
+"""What only a GPU can show; test_training.py has the logic of it. conftest.py hides it otherwise.
 
-    CUDA_VISIBLE_DEVICES=0 python -m pytest tests/test_cuda.py
+    TEST_GPU=0 python -m pytest tests/test_cuda.py
 """
 
 import math
@@ -14,9 +14,9 @@ from conftest import ROOT, TEXT, run
 
 import gpt
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is named by TEST_GPU")
 SIZES = dict(n_layer=2, n_head=2, n_embd=32, block_size=16, batch_size=8, optimizer="muon",
-             max_iters=60, eval_interval=20, learning_rate=1e-2, seed=1)
+             max_iters=60, eval_interval=20, learning_rate=1e-2, dropout=0.0, seed=1)
 
 
 @pytest.fixture(autouse=True)

@@ -304,6 +304,18 @@ def test_muon_steps_like_pytorchs():
     assert (ours - theirs).norm() < 0.03 * ours.norm()
 
 
+def test_muon_leaves_what_is_frozen(make_model):
+    """A matrix without a gradient stays; also if none has one."""
+    model = make_model(torch.float32)
+    _, muon = model.make_optimizers(TrainConfig())
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    muon.step()
+    model.blocks[1].feed_forward.up.weight.grad = torch.ones(64, 16)
+    muon.step()
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert moved == ["blocks.1.feed_forward.up.weight"]
+
+
 def test_muon_survives_a_gradient_of_zeros():
     """A matrix that nothing depends on yet stays where it is."""
     p = torch.nn.Parameter(torch.ones(4, 8))

@@ -241,7 +241,7 @@ CHANGES = [
     ("8", "2", "(q / math.sqrt(q.size(-1)))", "(q / math.sqrt(64))", "depend on the head size"),
     ("9", "2", ".triu(1 + S - T)", ".triu(2 + S - T)", "more than rounding"),
     ("9", "2", "is_causal=T > 1", "is_causal=False", "in the whole model"),
-    ("10", "2", ".triu(1 + S - T)", ".triu(2 + S - T)", "leaks into the past"),
+    ("10", "2", "is_causal=T > 1", "is_causal=False", "leaks into the past"),
     ("10", "2", "self.proj(out.transpose", "self.proj(v.transpose", "can't see the past"),
     ("11", "2", "if config.tie_weights:\n            model.", "if True:\n            model.",
      "what was added?"),
