@@ -6,6 +6,7 @@
 import math
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,9 +121,7 @@ def test_too_little_memory_gets_a_sentence(capsys):
     torch.cuda.empty_cache()
     words = [f"--{name}={value}" for name, value in dict(
         SIZES, batch_size=2**20, block_size=256, n_embd=128).items()]
-    text = TEXT * 10
-    with open("long.txt", "w") as file:
-        file.write(text)
+    Path("long.txt").write_text(TEXT * 10)
     assert run("--train", *words, "--data=long.txt", "--device=cuda", "--preset=gpu") == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert "take a smaller --batch_size" in said[-1] and "Traceback" not in "".join(said)
