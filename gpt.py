@@ -247,7 +247,7 @@ class KVCache:
         store, T = self.stores[layer], k.size(2)  # (2, B, nh, block_size, hs)
         slot = self.length % store.size(3)  # length: tokens read so far, as `forward` counts them
         store[:, :, :, slot : slot + T] = torch.stack((k, v))
-        return store[:, :, :, : self.length + T]
+        return store[:, :, :, : self.length + T].unbind()
 
 class Dropout(nn.Dropout):
     """Zeroes a share of the activations while the model learns: never when it writes (no_grad)."""
@@ -396,9 +396,9 @@ class GPTLanguageModel(nn.Module):
         hs = self.config.n_embd // self.config.n_head
         dtype = torch.float32 if positions.device.type == "mps" else torch.float64
         speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device, dtype=dtype) / hs)
-        angles = positions[:, None, None, None] * speeds  # (T, 1, 1, hs/2)
-        cos, sin = (t.to(self.lm_head.weight.dtype) for t in (angles.cos(), angles.sin()))
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        # A pair (a, b) becomes (a cos - b sin, b cos + a sin): -speed turns the sign of sin only.
+        angles = positions[:, None, None, None] * torch.cat((-speeds, speeds))  # (T, 1, 1, hs)
+        return [t.to(self.lm_head.weight.dtype) for t in (angles.cos(), angles.sin())]
 
     def forward(self, idx, targets=None, cache=None, maps=None):
         """idx, targets (B, T) -> scores, called logits, (B, T, V) and, given targets, their loss.
@@ -517,10 +517,9 @@ class GPTLanguageModel(nn.Module):
             logits = self.next_logits(tokens, cache, tokenizer)  # (B, V)
             if penalty != 1:  # CTRL, arXiv 1909.05858: less likely, whatever the sign
                 lower = torch.where(logits > 0, logits / penalty, logits * penalty)
-                logits = torch.where(seen, lower, logits)
+                logits = torch.where(seen.scatter_(1, tokens[:, -1:], True), lower, logits)
             new = torch.multinomial(probabilities(logits, how), 1, generator=rng)  # (B, 1)
             tokens = torch.cat((tokens, new), dim=1)[:, -keep:]
-            seen.scatter_(1, new, True)
             yield new[:, 0]
             if how.stop:
                 stopped |= [how.stop in tokenizer.decode(t) for t in tokens[:, -min(step, reach) :]]
