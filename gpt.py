@@ -73,7 +73,8 @@ class CharTokenizer:
     def encode(self, text):
         """Text to a list of ids. UserError names the characters that have no id."""
         unknown = "".join(sorted(set(text) - self.stoi.keys()))
-        check(not unknown, f"Unknown characters {unknown[:40]!r}; known: {''.join(self.stoi)[:99]!r}")
+        known = "".join(self.stoi)
+        check(not unknown, f"The model does not know {unknown[:40]!r}, only {known[:99]!r}.")
         return [self.stoi[character] for character in text]
 
     def decode(self, ids):
