@@ -7,12 +7,12 @@
     token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> LayerNorm -> logits (B, T, V)
     Block:  x --+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 +---------------------------------------+   +---------------------------------+
-Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd) at a position,
-nh heads of hs = C / nh channels each, S positions to look at, V tokens in the vocabulary.
-notes/gpt2.py opens OpenAI's GPT-2 weights in this model.
+(+) is a sum. Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd) at a
+position, nh heads of hs = C / nh channels, V tokens in the vocabulary, S positions to look at (as
+many as T, or more with a cache). For OpenAI's GPT-2 weights see notes/gpt2.py.
 """
-# /// script                      (these lines tell `uv run gpt.py` what to install)
-# requires-python = ">=3.10"
+# /// script
+# requires-python = ">=3.10"  # `uv run gpt.py` reads these lines and installs the packages
 # dependencies = ["torch>=2.6,<2.14", "numpy", "tqdm", "matplotlib", "tiktoken"]
 # ///
 import argparse
@@ -28,26 +28,25 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import nn
-from torch.backends import mps
 from torch.nn import functional as F
 from tqdm import tqdm
 
 
 # ------------------------------------------------------------------ 1. options of the architecture
 class UserError(Exception):
-    """A mistake that the user can fix. `main` prints the message and exits with code 2."""
+    """A mistake that the user can fix: `main` prints the message, without a traceback."""
 
 def check(condition, message):
     if not condition:
         raise UserError(message)
 
 def option(default, help, *choices):
-    """A field of an options class. It is a command-line flag too: --name VALUE."""
+    """A field of an options class: `parse` makes a command-line flag --NAME of it."""
     return field(default=default, metadata={"help": help, "choices": choices or None})
 
 @dataclass
 class GPTConfig:
-    """The architecture. A checkpoint keeps these values as its `hyperparameters`."""
+    """The architecture (section 3 explains the words). Presets, in section 5, change the sizes."""
     n_layer: int = option(6, "number of blocks")
     n_head: int = option(6, "attention heads in each block")
     n_embd: int = option(384, "channels at each position")
@@ -58,7 +57,7 @@ class GPTConfig:
     positions: str = option("rotary", "how the order of tokens is encoded", "rotary", "learned")
     qk_norm: bool = option(True, "normalise queries and keys")
     activation: str = option("relu2", "nonlinearity of FeedForward", "gelu", "relu", "relu2")
-    attention: str = option("fused", "PyTorch's fused kernel, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fast kernel, or Head", "fused", "explicit")
     vocab_size: int = 65  # no flag: the tokenizer sets it
 
 
@@ -73,8 +72,7 @@ class CharTokenizer:
     def encode(self, text):
         """Text to a list of ids. UserError names the characters that have no id."""
         unknown = "".join(sorted(set(text) - self.stoi.keys()))
-        known = "".join(self.stoi)
-        check(not unknown, f"The model does not know {unknown[:40]!r}, only {known[:99]!r}.")
+        check(not unknown, f"Unknown characters {unknown[:40]!r}. Known: {[*self.stoi][:50]}")
         return [self.stoi[character] for character in text]
 
     def decode(self, ids):
@@ -82,7 +80,7 @@ class CharTokenizer:
 
 class BPETokenizer:
     """GPT-2's byte-pair encoding (BPE): frequent words and parts of words are tokens."""
-    stoi = itos = {}  # tiktoken has the tables, a checkpoint needs none
+    stoi = itos = {}  # tiktoken has the tables; an empty stoi marks a checkpoint of this tokenizer
 
     def __init__(self):
         import tiktoken
@@ -98,25 +96,23 @@ class BPETokenizer:
         return self.encoding.encode(text, allowed_special="all")
 
     def decode(self, ids):
-        return self.encoding.decode([int(i) for i in ids])  # U+FFFD for a part of a character
+        return self.encoding.decode([int(i) for i in ids])
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
                "/input.txt")
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def load_data(name, tokenizer, device="cpu"):
-    """Read a text file and return (tokenizer, train_data, val_data). The last tenth is held back
-    for validation: the loss there shows if the model generalises or only memorises."""
-    path = Path(name).expanduser()
+    """Read a text file and return (tokenizer, train_data, val_data). tokenizer is "char", "gpt2" or
+    one that exists. The last tenth is for validation: is the model good on text it has not seen?"""
+    path = Path(name).expanduser() if name else Path(__file__).with_name("input.txt")
     if name == "shakespeare":
         path = Path("tinyshakespeare.txt")
         if not path.exists():
-            say(f"Downloading {SHAKESPEARE} as {path}")
+            print(f"Downloading {SHAKESPEARE} as {path}")
             torch.hub.download_url_to_file(SHAKESPEARE, path, SHA256)
-    elif name == "input.txt" and not path.exists():
-        path = Path(__file__).with_name(name)  # the text that comes with gpt.py
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    check(not {"\0", "\ufffd"} & set(text), f"{path} is not UTF-8. Save it so in a text editor.")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")  # errors become U+FFFD
+    check("\ufffd" not in text and "\0" not in text, f"{path} is not UTF-8 text: convert it.")
     if tokenizer == "char":
         tokenizer = CharTokenizer({character: i for i, character in enumerate(sorted(set(text)))})
     elif tokenizer == "gpt2":
@@ -129,38 +125,38 @@ def get_batch(data, starts, block_size):
     """Cut a sequence out of data (N,) at each of B starts. Return inputs x and targets y, (B, T).
     At each position y has the token that comes after x: one sequence gives T examples at once."""
     positions = starts[:, None] + torch.arange(block_size + 1, device=data.device)  # (B, T + 1)
-    sequences = data[positions].long()  # (B, T + 1)
+    sequences = data[positions].long()  # (B, T + 1), as the int64 that losses and embeddings take
     return sequences[:, :-1], sequences[:, 1:]
 
 
 # ----------------------------------------------------------------------------------- 3. the model
 class Head(nn.Module):
-    """One attention head: each position collects information from earlier positions. Its query says
-    what it looks for, their keys what they offer, their values what they hand over.
-    softmax(Q K^T / sqrt(hs) + mask) V: "Attention Is All You Need" (arXiv 1706.03762)."""
+    """One attention head: each position collects information from itself and from earlier ones. A
+    query says what a position looks for, a key what it offers, a value what it hands over (arXiv
+    1706.03762). --attention explicit runs this code, else a faster kernel computes the same."""
     def forward(self, q, k, v):
         """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
         T, S, hs = q.size(-2), k.size(-2), q.size(-1)  # the queries are the last T of S positions
-        # A dot product of hs random numbers has variance hs; divided by sqrt(hs) it has 1. Larger
-        # scores would make the softmax pick one position only, and its gradient would vanish.
+        # The dot product of two vectors of hs random numbers has variance hs; divided by sqrt(hs)
+        # it has 1. With larger scores the softmax picks one position, and its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
-        # copy it, and has nothing to copy when it generates.
+        # copy it, and has nothing to copy when it generates. It is the triangle above the diagonal.
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)  # (T, S)
         scores = scores.masked_fill(future, float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # exp(-inf) is 0; each row sums to 1
+        weights = F.softmax(scores, dim=-1)  # (T, S), each row sums to 1; exp(-inf) is 0
         return weights @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
 def rotary_angles(positions, hs, dtype):
     """Rotary positions (RoFormer, arXiv 2104.09864): (T,) -> cosines and sines, (T, hs/2) each."""
-    # The first pair of channels turns by 1 radian a position, the last almost 10,000 times slower.
+    # Radians for each position: 1 for the first pair of channels, almost 1/10000 for the last.
     speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs/2,)
     angles = positions[:, None] * speeds  # (T, 1) * (hs/2,) -> (T, hs/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 def rotate(x, cos, sin):
-    """Rotate pairs of channels of x (..., T, hs) by the angles of their position. The dot product
-    of a rotated query and key depends on their contents and on how far apart they are."""
+    """Rotate pairs of channels of x (..., T, hs) by the angles of their position. If q turns by 5
+    angles and k by 3, their dot product is as if q had turned by 2: attention sees the distance."""
     a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
 
@@ -177,19 +173,19 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, maps=None):
         """x (B, T, C) -> (B, T, C). A list `maps` gets the attention weights, (B, nh, T, S)."""
-        (B, T, C), nh = x.shape, self.config.n_head
+        B, T, C = x.shape
+        nh = self.config.n_head
         qkv = self.qkv(x).view(B, T, 3, nh, C // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs): all heads at once
-        qk, v = qkv[:2], qkv[2]  # queries and keys (2, B, nh, T, hs), values (B, nh, T, hs)
-        if self.config.qk_norm:  # mean 0, variance 1: scores stay small at any learning rate
-            qk = F.layer_norm(qk, qk.shape[-1:])
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three tensors (B, nh, T, hs): all heads at once
+        if self.config.qk_norm:  # mean 0, variance 1: long vectors cannot make the scores explode
+            q = F.layer_norm(q, q.shape[-1:])
+            k = F.layer_norm(k, k.shape[-1:])
         if rotation is not None:
-            qk = rotate(qk, *rotation)
-        q, k = qk  # (B, nh, T, hs) each
-        if cache is not None:
+            q = rotate(q, *rotation)
+            k = rotate(k, *rotation)
+        if cache is not None:  # section 4: the keys and values of earlier tokens as well
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs) each
-        # The fused kernel computes what Head does, faster. Its is_causal is our mask if T = S. A
-        # single new token (T = 1) looks at everything before it and needs no mask.
+        # The kernel's is_causal is our mask if T = S. One new token (T = 1) needs no mask at all.
         if self.config.attention == "fused" and maps is None and T in (1, k.size(2)):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         else:
@@ -211,7 +207,7 @@ class FeedForward(nn.Module):
     def forward(self, x):
         x = self.up(x)  # (B, T, C) -> (B, T, 4C)
         x = F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x)
-        if self.activation == "relu2":  # "Primer", arXiv 2109.08668
+        if self.activation == "relu2":  # the square of ReLU: "Primer", arXiv 2109.08668
             x = x * x
         return self.dropout(self.down(x))  # (B, T, 4C) -> (B, T, C)
 
@@ -235,7 +231,7 @@ class GPTLanguageModel(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        check(C % (2 * config.n_head) == 0, f"--n_embd {C} must be an even multiple of --n_head.")
+        check(C % (2 * config.n_head) == 0, f"--n_embd {C} must be a multiple of 2 x --n_head.")
         self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, C)
         if config.positions == "learned":
@@ -247,7 +243,7 @@ class GPTLanguageModel(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
         # Output layers start at zero (a tied one: tiny). So every block begins as the identity, and
-        # all tokens are equally likely. They still train: a zero matrix has a gradient.
+        # all tokens are equally likely. They still train: their own gradient is not zero.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -255,8 +251,8 @@ class GPTLanguageModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, idx, targets=None, cache=None, maps=None):
-        """idx, targets (B, T) -> logits (B, T, V), and the loss (or None): the cross-entropy, or
-        mean of -log(probability of the next token). With a cache, idx continues what it has."""
+        """idx, targets (B, T) -> logits (B, T, V), and the loss or None: the cross-entropy, that is
+        the mean of -log(probability of the next token). With a cache, idx follows what is in it."""
         T = idx.size(1)
         start = 0 if cache is None else cache.length  # the position of the first token of idx
         positions = torch.arange(start, start + T, device=idx.device)  # (T,)
@@ -274,11 +270,11 @@ class GPTLanguageModel(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # a mean
 
     @torch.no_grad()
     def attention_maps(self, idx):
-        """What each position looks at: idx (B, T) -> weights (B, n_layer, n_head, T, T)."""
+        """What each position looks at, to plot: idx (B, T) -> (B, n_layer, n_head, T, T)."""
         maps = []
         self(idx, maps=maps)
         return torch.stack(maps, dim=1)
@@ -295,7 +291,7 @@ class GPTLanguageModel(nn.Module):
 class SampleConfig:
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    attention: str = option("fused", "PyTorch's fused kernel, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fast kernel, or Head", "fused", "explicit")
     prompt: str = option("\\n", "text to continue; \\n in it is a new line")
     prompt_file: str = option("", "file with the text to continue")
     max_new_tokens: int = option(500, "number of tokens to generate")
@@ -306,12 +302,12 @@ class SampleConfig:
     seed: int = option(0, "the same seed gives the same text; 0: a new one each time")
 
 class KVCache:
-    """The keys and values of the tokens read so far. Because of the mask no later token changes
-    them: each new token is read alone and looks at them. The context is not computed again."""
+    """The keys and values of the tokens read so far. No later token changes them: the mask lets no
+    position look at later ones. So each new token is read alone, and the result is the same."""
     def __init__(self, model, batch_size):
         c = model.config
         shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.store = next(model.parameters()).new_zeros(shape)  # same device and number format
+        self.store = next(model.parameters()).new_zeros(shape)  # the 2 are keys and values
         self.length = 0  # tokens in the cache; GPTLanguageModel.forward counts them
 
     def append(self, layer, k, v):
@@ -321,7 +317,7 @@ class KVCache:
         return self.store[layer, :, :, :, :end]  # (2, B, nh, S, hs)
 
 def penalize_repetition(logits, tokens, penalty):
-    """Make tokens (B, N) that occurred less likely in the logits (B, V), as transformers does."""
+    """Make the tokens (B, N) of the context less likely in the logits (B, V)."""
     seen = logits.gather(1, tokens)  # (B, N)
     seen = torch.where(seen > 0, seen / penalty, seen * penalty)  # smaller, whatever the sign
     return logits.scatter(1, tokens, seen)
@@ -331,17 +327,19 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     if temperature < 1e-5:  # the likeliest token has probability 1
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits, order = torch.sort(logits / temperature, descending=True)  # the likeliest token first
-    logits[:, top_k or logits.size(-1) :] = float("-inf")  # top_k = 0 keeps all
+    if top_k > 0:
+        logits[:, top_k:] = float("-inf")
     probs = F.softmax(logits, dim=-1)  # (B, V)
     # Top-p (arXiv 1904.09751): drop a token if the likelier ones have probability p already.
     likelier = probs.cumsum(dim=-1) - probs  # (B, V)
     probs = probs.masked_fill(likelier > top_p, 0.0)
     return torch.zeros_like(probs).scatter(1, order, probs)  # back to the order of the vocabulary
 
-@torch.inference_mode()  # like no_grad: nothing is kept for a backward pass
+@torch.inference_mode()  # no gradients: nothing is kept for a backward pass
 def generate_tokens(model, tokens, config):
     """Continue tokens (B, T): yield a new token for each sequence, (B, 1), again and again."""
-    rng = torch.Generator(tokens.device).manual_seed(config.seed or time.time_ns())
+    seed = config.seed or time.time_ns()  # 0: another text each time
+    rng = torch.Generator(tokens.device).manual_seed(seed)
     cache, block_size = KVCache(model, len(tokens)), model.config.block_size
     was_training = model.training
     model.eval()  # no dropout
@@ -354,7 +352,7 @@ def generate_tokens(model, tokens, config):
         unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
         tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
         yield unread
-        if cache.length == block_size:  # The cache is full. Forget it, reread half of the context.
+        if cache.length == block_size:  # The cache is full: forget it, reread half of the context.
             cache.length = 0
             unread = tokens[:, -max(1, block_size // 2) :]
     model.train(was_training)
@@ -362,22 +360,18 @@ def generate_tokens(model, tokens, config):
 
 # ------------------------------------------------------------------------------------ 5. training
 PRESETS = {  # README.md says how long each takes and which loss it reaches
-    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500,
-                eval_interval=300, weight_decay=0.0),
+    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500),
     "laptop": dict(n_head=4, n_embd=256, dropout=0.1, max_iters=3400, weight_decay=2.0),
     "gpu": dict(dropout=0.1, max_iters=3400, weight_decay=2.0),
     "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
                     optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
-                    max_iters=5000, eval_interval=500),
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, positions="learned", bias=True,
-                 activation="gelu", qk_norm=False, tie_weights=True, tokenizer="gpt2", batch_size=8,
-                 optimizer="adamw", learning_rate=6e-4, schedule="cosine", warmup_iters=200)}
-PRESETS["auto"] = PRESETS["gpu" if torch.cuda.is_available() or mps.is_available() else "cpu"]
+                    max_iters=5000, eval_interval=500)}
+PRESETS["auto"] = PRESETS["gpu" if torch.accelerator.is_available() else "cpu"]
 
 @dataclass
 class TrainConfig(GPTConfig):
     """The architecture and how to train it. A preset replaces many of these defaults."""
-    data: str = option("input.txt", "text file (UTF-8), or 'shakespeare' to download it")
+    data: str = option("", "text file (UTF-8) or 'shakespeare'; if empty, input.txt next to gpt.py")
     ckpt: str = option("gpt_checkpoint.pt", "where to save the best model")
     preset: str = option("auto", "size and recipe; auto: gpu if there is one, else cpu", *PRESETS)
     resume: bool = option(False, "continue the interrupted run of --ckpt")
@@ -388,7 +382,7 @@ class TrainConfig(GPTConfig):
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step")
     optimizer: str = option("muon", "Muon with AdamW, or AdamW alone", "muon", "adamw")
     learning_rate: float = option(4e-3, "the highest learning rate")
-    weight_decay: float = option(0.1, "how strongly matrices are pulled towards zero")
+    weight_decay: float = option(0.0, "how strongly matrices are pulled towards zero")
     warmup_iters: int = option(0, "steps in which the learning rate rises")
     schedule: str = option("linear", "how the learning rate falls", "linear", "cosine", "constant")
     eval_interval: int = option(250, "steps between evaluations, each of which saves the run")
@@ -397,9 +391,9 @@ class TrainConfig(GPTConfig):
     precision: str = option("auto", "number format of products", "auto", "fp32", "bf16", "fp16")
     compile: bool = option(False, "torch.compile: starts slowly, then is faster on a GPU")
 
-# torchrun starts one process for each GPU and numbers them. Without it there is one, number 0.
-RANK = int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
+TORCHRUN = dist.is_torchelastic_launched()  # it starts WORLD processes, one for each GPU
+RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # the number of this process
+WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
 
 def say(text):
     """Print a line above the progress bar, from the first process only."""
@@ -408,25 +402,26 @@ def say(text):
             tqdm.write(text)
 
 class Muon(torch.optim.Optimizer):
-    """Momentum SGD with an orthogonalised update (kellerjordan.github.io/posts/muon). A raw
-    gradient is dominated by a few directions, Muon makes the step equally long in all of them."""
+    """Gradient descent with momentum and an orthogonalised update: a raw gradient is dominated by a
+    few directions, Muon's step is equally long in all (see kellerjordan.github.io/posts/muon)."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.1)  # 0.9 of the old mean and 0.1 of the new gradient
-                update = orthogonalize(p.grad.lerp(momentum, 0.9))  # Nesterov: one step ahead
+                momentum.lerp_(p.grad, 0.1)  # = 0.9 * momentum + 0.1 * gradient, a running mean
+                update = orthogonalize(p.grad.lerp(momentum, 0.9))  # the newest gradient once more
+                size = 0.2 * math.sqrt(max(p.shape))  # makes the entries as large as AdamW's
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                # As long as AdamW's step: both can use one learning rate (arXiv 2502.16982).
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(update, alpha=-group["lr"] * size)
 
 def orthogonalize(x):
-    """Newton-Schulz iteration: bring all singular values of a matrix x close to 1."""
+    """The matrix x = U S V^T (its singular value decomposition) becomes nearly U V^T, without
+    computing U, S and V: each round changes only the singular values S (Newton-Schulz)."""
     if x.size(0) > x.size(1):
         return orthogonalize(x.T).T  # x @ x.T is smaller for a wide matrix
     x = x / (x.norm() + 1e-7)  # now no singular value is above 1
-    for _ in range(5):  # each singular value s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5
+    for _ in range(5):  # s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, which tends to 1
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
     return x
@@ -435,7 +430,7 @@ def make_optimizers(model, config):
     """Return the optimizers: AdamW, plus Muon for the weight matrices of the blocks."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
     rest = [p for p in model.parameters() if p not in set(muon)]
-    # Weight decay keeps matrices small, against overfitting. Norms and biases need none.
+    # Weight decay pulls matrices towards 0, against overfitting. Norms belong near 1.
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
@@ -455,8 +450,8 @@ def learning_rate_factor(step, config):
 def estimate_loss(model, data, max_tokens=131_072):
     """The mean loss over sequences spread evenly over data (N,): the same ones at each call."""
     T = model.config.block_size
-    starts = torch.arange(0, len(data) - T, T, device=data.device)  # of all sequences
-    starts = starts[:: math.ceil(len(starts) * T / max_tokens)]  # of every second one, third...
+    starts = torch.arange(0, len(data) - T, T, device=data.device)  # one sequence after the other
+    starts = starts[:: math.ceil(len(starts) * T / max_tokens)]  # too many: every second, third...
     was_training = model.training
     model.eval()  # no dropout
     losses = [model(*get_batch(data, some, T))[1] * len(some) for some in starts.split(16)]
@@ -472,12 +467,11 @@ def save_checkpoint(path, model, tokenizer, **more):
     os.replace(f"{path}.tmp", path)  # at any moment `path` is a whole file: the old or the new one
 
 def load_checkpoint(path, device="cpu"):
-    """Return (model, tokenizer, the rest of the file), ready to use. The file cannot run code."""
+    """Return (model, tokenizer, the rest of the file), ready to use. No code in it is executed."""
     file = Path(path).expanduser()
     if not file.exists():
         file = Path(__file__).parent / "checkpoints" / path
-    check(file.is_file(), f"There is no checkpoint {path}. Train one with --train, or import "
-          "OpenAI's: python notes/gpt2.py import gpt2 gpt2.pt")
+    check(file.is_file(), f"No file {path}. For GPT-2: python notes/gpt2.py import gpt2 gpt2.pt")
     try:
         rest = torch.load(file, map_location="cpu", weights_only=True)
         model = GPTLanguageModel(GPTConfig(**rest.pop("hyperparameters")))
@@ -491,9 +485,9 @@ def load_checkpoint(path, device="cpu"):
 def choose_device(name, precision):
     """--device and --precision -> a device, and the number format of matrix products there."""
     if name == "auto":
-        name = "mps" if mps.is_available() else "cpu"
-        if torch.cuda.is_available():
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun: a GPU for each process
+        name = "cpu"
+        if torch.accelerator.is_available():  # CUDA (torchrun: a GPU a process) or Apple's MPS
+            name = f"{torch.accelerator.current_accelerator()}:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=name).device
     except Exception as error:
@@ -529,15 +523,14 @@ def stop_signals():
         for number, old in previous.items():
             signal.signal(number, old)
 
-def configure(flags, model, saved):
-    """The options. A flag beats the checkpoint, which beats the preset, which beats the default."""
-    if model:
-        free = {"dropout", "attention"}
-        if not saved and flags.get("block_size", 0) < model.config.block_size:
-            free.add("block_size")  # --init_from can use a shorter context
-        saved = saved | asdict(model.config)
-        for name in flags.keys() & asdict(model.config).keys() - free:
-            check(flags[name] == saved[name], f"--{name} {flags[name]} contradicts the checkpoint.")
+def configure(flags, old, saved):
+    """The options: a flag beats the checkpoint, which beats the preset, which beats the default."""
+    if old:  # a GPTConfig: of the run to resume, or, with --init_from, of the model to start from
+        for name in flags.keys() & asdict(old).keys() - {"dropout", "attention"}:
+            shorter = name == "block_size" and not saved and flags[name] < old.block_size
+            check(shorter or flags[name] == getattr(old, name),
+                  f"--{name} {flags[name]} contradicts the checkpoint: {getattr(old, name)}.")
+        saved = saved | asdict(old)
     preset = PRESETS[(saved | flags).get("preset", "auto")]
     return TrainConfig(**(preset | saved | flags))
 
@@ -546,27 +539,27 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-    # Each step has its own seed: a resumed run draws what an uninterrupted one would.
+    # A seed for each step: a resumed run, and all processes, draw the same starts.
     torch.manual_seed(config.seed + 1_000_003 * step)
     T, passes = config.block_size, config.gradient_accumulation_steps
     starts = torch.randint(len(data) - T, (passes, WORLD, config.batch_size), device=data.device)
     mean_loss = torch.zeros((), device=data.device)
     for i in range(passes):
-        x, y = get_batch(data, starts[i, RANK], T)  # (B, T) each: the part of this process
+        x, y = get_batch(data, starts[i, RANK], T)  # (B, T) each
         with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-            _, loss = model(x, y)
+            _, loss = model(x, y)  # forward, in the format `precision` where that is safe
         loss = loss / passes  # backward adds up gradients: this makes the sum a mean
-        scaler.scale(loss).backward()
+        scaler.scale(loss).backward()  # in fp16 tiny gradients vanish: the scaler enlarges the loss
         mean_loss += loss.detach()
     if WORLD > 1:  # each process has the gradients of its part: take the mean
         for tensor in [mean_loss, *[p.grad for p in model.parameters()]]:
             dist.all_reduce(tensor)  # the sum over the processes
             tensor /= WORLD
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)  # clipping needs the true gradients
+        scaler.unscale_(optimizer)  # the true gradients again
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one bad batch cannot ruin the model
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # optimizer.step(), unless a gradient in fp16 became infinite
         optimizer.zero_grad()
     scaler.update()
     return mean_loss
@@ -584,7 +577,7 @@ def train(**flags):
     for file in [ckpt.with_suffix(end) for end in (".pt", ".resume.pt", ".csv", ".png")]:
         check(saved or not file.exists(), f"{file} exists already. Continue its run with --resume, "
               "choose another --ckpt, or move the file away.")
-    config = configure(flags, old_model, saved.get("train_config", {}))
+    config = configure(flags, old_model and old_model.config, saved.get("train_config", {}))
     device, precision = choose_device(config.device, config.precision)
     tokenizer = tokenizer or config.tokenizer
     tokenizer, train_data, val_data = load_data(config.data, tokenizer, device)
@@ -598,27 +591,26 @@ def train(**flags):
         for name, tensor in model.state_dict().items():  # a shorter context has fewer positions
             tensor.copy_(old_model.state_dict()[name][: len(tensor)])
     optimizers = make_optimizers(model.to(device), config)
-    # fp16 cannot hold tiny gradients: the scaler multiplies the loss and divides the gradients.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     for part, state in zip([*optimizers, scaler], saved.get("states", []), strict=False):
         if state and part.state_dict():  # a scaler that is not in use has no state
             part.load_state_dict(state)
     if WORLD > 1:  # after the optimizers: the first one ever made would keep an open group alive
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    network = torch.compile(model) if config.compile else model
+    network = torch.compile(model) if config.compile else model  # the same weights
     tokens = config.block_size * config.batch_size * config.gradient_accumulation_steps * WORLD
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} in {precision}; "
-        f"{tokens:,} tokens in a step; guessing has loss {math.log(config.vocab_size):.4f}.")
+        f"{tokens:,} tokens in a step; guessing would have loss {math.log(config.vocab_size):.4f}.")
     first = saved.get("iteration", 0)
     history = [row for row in saved.get("history", []) if row["iteration"] < first]
     clock = time.perf_counter() - (history[-1]["seconds"] if history else 0)
-    steps = tqdm(range(first, config.max_iters + 1), "step", disable=True if RANK else None)
+    steps = tqdm(range(first, max(first, config.max_iters) + 1), disable=True if RANK else None)
     with stop_signals() as received, steps:
         for step in steps:
             stop = torch.tensor(len(received))
             if WORLD > 1:
                 dist.all_reduce(stop)  # if one process has to stop, all do
-            finished = step == config.max_iters
+            finished = step >= config.max_iters
             due = finished or step % config.eval_interval == 0
             if due:
                 train_loss = estimate_loss(model, train_data, max_tokens=32_768)
@@ -626,8 +618,7 @@ def train(**flags):
                 history.append({"iteration": step, "train_loss": train_loss, "val_loss": val_loss,
                                 "tokens": step * tokens, "seconds": time.perf_counter() - clock})
                 say(f"step {step:6,}: training loss {train_loss:.4f}, validation {val_loss:.4f}")
-                text = tokenizer.decode(model.generate(train_data[:1], 100, seed=1)[0])
-                say("    | " + text.strip().replace("\n", "\n    | "))
+                say(tokenizer.decode(model.generate(train_data[:1], 100, seed=1)[0]) + "\n")
             if RANK == 0 and (due or stop > 0):
                 check(all(p.isfinite().all() for p in model.parameters()), "The weights are not "
                       "numbers any more: lower --learning_rate, or use --precision fp32.")
@@ -648,9 +639,8 @@ def train(**flags):
     if not finished:
         say(f"Stopped after {step:,} steps. To continue, repeat the command with --resume.")
         raise KeyboardInterrupt(*received[:1])
-    best = min(row["val_loss"] for row in history)
-    say(f"The best model (validation loss {best:.4f}) is in {ckpt}. To generate text with it:\n"
-        f"python gpt.py --sample --ckpt {ckpt}")
+    say(f"The model with the lowest validation loss, {min(row['val_loss'] for row in history):.4f},"
+        f" is in {ckpt}. To generate text: python gpt.py --sample --ckpt {ckpt}")
     return load_checkpoint(ckpt, device)[:2]
 
 
