@@ -7,9 +7,9 @@
     token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> LayerNorm -> logits (B, T, V)
     Block:  x --+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 +---------------------------------------+   +---------------------------------+
-(+) is a sum. Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd) at a
-position, nh heads of hs = C / nh channels, V tokens in the vocabulary, S positions to look at (as
-many as T, or more with a cache). For OpenAI's GPT-2 weights see notes/gpt2.py.
+Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd) at a position, nh
+heads of hs = C / nh channels, V tokens in the vocabulary. Read sections 2 and 3 and training_step
+first; the rest is generating text and a reliable program. GPT-2's weights: see notes/gpt2.py.
 """
 # /// script
 # requires-python = ">=3.10"  # `uv run gpt.py` reads these lines and installs the packages
@@ -70,9 +70,9 @@ class CharTokenizer:
         self.vocab_size = len(stoi)
 
     def encode(self, text):
-        """Text to a list of ids. UserError names the characters that have no id."""
+        """Text to a list of ids. UserError if a character has none."""
         unknown = "".join(sorted(set(text) - self.stoi.keys()))
-        check(not unknown, f"Unknown characters {unknown[:40]!r}. Known: {[*self.stoi][:50]}")
+        check(not unknown, f"Unknown characters {unknown[:40]}. Known: {''.join(self.stoi)[:99]!r}")
         return [self.stoi[character] for character in text]
 
     def decode(self, ids):
@@ -93,7 +93,7 @@ class BPETokenizer:
         self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special="all")
+        return self.encoding.encode(text, allowed_special="all")  # such as <|endoftext|>
 
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
@@ -136,15 +136,15 @@ class Head(nn.Module):
     1706.03762). --attention explicit runs this code, else a faster kernel computes the same."""
     def forward(self, q, k, v):
         """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
-        T, S, hs = q.size(-2), k.size(-2), q.size(-1)  # the queries are the last T of S positions
-        # The dot product of two vectors of hs random numbers has variance hs; divided by sqrt(hs)
-        # it has 1. With larger scores the softmax picks one position, and its gradient vanishes.
+        T, S, hs = q.size(-2), k.size(-2), q.size(-1)  # S > T if a cache has the positions before
+        # The dot product of two vectors of hs numbers with variance 1 has variance hs; divided by
+        # sqrt(hs) it has 1. With larger scores softmax picks one position: its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
-        # copy it, and has nothing to copy when it generates. It is the triangle above the diagonal.
+        # copy it, and has nothing to copy when it generates. Row i is True from i + 1 + S - T on.
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)  # (T, S)
         scores = scores.masked_fill(future, float("-inf"))
-        weights = F.softmax(scores, dim=-1)  # (T, S), each row sums to 1; exp(-inf) is 0
+        weights = F.softmax(scores, dim=-1)  # exp(score) / sum of the row: exp(-inf) is 0
         return weights @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
 def rotary_angles(positions, hs, dtype):
@@ -155,8 +155,8 @@ def rotary_angles(positions, hs, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 def rotate(x, cos, sin):
-    """Rotate pairs of channels of x (..., T, hs) by the angles of their position. If q turns by 5
-    angles and k by 3, their dot product is as if q had turned by 2: attention sees the distance."""
+    """Rotate pairs of channels of x (..., T, hs) by the angles of their position. With q at 5 and k
+    at 3, the dot product is as if q alone were rotated, to 2: attention sees the distance."""
     a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
 
@@ -172,7 +172,7 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, rotation=None, cache=None, maps=None):
-        """x (B, T, C) -> (B, T, C). A list `maps` gets the attention weights, (B, nh, T, S)."""
+        """x (B, T, C) -> (B, T, C). A list `maps` collects the attention weights, (B, nh, T, S)."""
         B, T, C = x.shape
         nh = self.config.n_head
         qkv = self.qkv(x).view(B, T, 3, nh, C // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
@@ -242,8 +242,8 @@ class GPTLanguageModel(nn.Module):
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
-        # Output layers start at zero (a tied one: tiny). So every block begins as the identity, and
-        # all tokens are equally likely. They still train: their own gradient is not zero.
+        # Output layers start at zero: a block begins as the identity, all tokens as equally likely.
+        # They still train: lm_head gets a gradient at once, and when it is not zero any more, all do.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -410,18 +410,18 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.1)  # = 0.9 * momentum + 0.1 * gradient, a running mean
-                update = orthogonalize(p.grad.lerp(momentum, 0.9))  # the newest gradient once more
-                size = 0.2 * math.sqrt(max(p.shape))  # makes the entries as large as AdamW's
+                update = orthogonalize(p.grad.lerp(momentum, 0.9))  # Nesterov momentum
+                size = 0.2 * math.sqrt(max(p.shape))  # entries as large as AdamW's (2502.16982)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * size)
 
 def orthogonalize(x):
-    """The matrix x = U S V^T (its singular value decomposition) becomes nearly U V^T, without
-    computing U, S and V: each round changes only the singular values S (Newton-Schulz)."""
+    """The matrix x = U S V^T (its singular value decomposition) becomes nearly U V^T. Each round of
+    this Newton-Schulz iteration changes only the singular values S, and never computes them."""
     if x.size(0) > x.size(1):
         return orthogonalize(x.T).T  # x @ x.T is smaller for a wide matrix
     x = x / (x.norm() + 1e-7)  # now no singular value is above 1
-    for _ in range(5):  # s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, which tends to 1
+    for _ in range(5):  # s becomes 3.4445 s - 4.775 s^3 + 2.0315 s^5, in the end 0.7 to 1.2
         square = x @ x.T
         x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
     return x
@@ -429,7 +429,7 @@ def orthogonalize(x):
 def make_optimizers(model, config):
     """Return the optimizers: AdamW, plus Muon for the weight matrices of the blocks."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
-    rest = [p for p in model.parameters() if p not in set(muon)]
+    rest = [p for p in model.parameters() if p not in set(muon)]  # embeddings, lm_head, norms
     # Weight decay pulls matrices towards 0, against overfitting. Norms belong near 1.
     groups = [{"params": [p for p in rest if p.dim() == 2], "weight_decay": config.weight_decay},
               {"params": [p for p in rest if p.dim() == 1], "weight_decay": 0.0}]
@@ -451,7 +451,7 @@ def estimate_loss(model, data, max_tokens=131_072):
     """The mean loss over sequences spread evenly over data (N,): the same ones at each call."""
     T = model.config.block_size
     starts = torch.arange(0, len(data) - T, T, device=data.device)  # one sequence after the other
-    starts = starts[:: math.ceil(len(starts) * T / max_tokens)]  # too many: every second, third...
+    starts = starts[:: math.ceil(len(starts) * T / max_tokens)]  # if too many, only every n-th
     was_training = model.training
     model.eval()  # no dropout
     losses = [model(*get_batch(data, some, T))[1] * len(some) for some in starts.split(16)]
@@ -486,13 +486,13 @@ def choose_device(name, precision):
     """--device and --precision -> a device, and the number format of matrix products there."""
     if name == "auto":
         name = "cpu"
-        if torch.accelerator.is_available():  # CUDA (torchrun: a GPU a process) or Apple's MPS
+        if torch.accelerator.is_available():  # CUDA, with torchrun GPU number LOCAL_RANK, or MPS
             name = f"{torch.accelerator.current_accelerator()}:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.zeros(1, device=name).device
     except Exception as error:
         raise UserError(f"--device {name} is not available, --device cpu is: {error}") from error
-    if precision == "auto" and device.type == "cuda":  # older GPUs, as the T4 (7.5), have no bf16
+    if precision == "auto" and device.type == "cuda":  # a T4 has compute capability 7.5: no bf16
         precision = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
@@ -535,34 +535,33 @@ def configure(flags, old, saved):
     return TrainConfig(**(preset | saved | flags))
 
 def training_step(step, model, optimizers, scaler, data, config, precision):
-    """Set the learning rate, compute the gradients, update. Returns the loss, a tensor ()."""
+    """Set the learning rate, compute the gradients, update. Returns the last pass's loss, ()."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-    # A seed for each step: a resumed run, and all processes, draw the same starts.
+    # A seed for each step: a resumed run (and each process) draws the same starts.
     torch.manual_seed(config.seed + 1_000_003 * step)
     T, passes = config.block_size, config.gradient_accumulation_steps
     starts = torch.randint(len(data) - T, (passes, WORLD, config.batch_size), device=data.device)
-    mean_loss = torch.zeros((), device=data.device)
     for i in range(passes):
         x, y = get_batch(data, starts[i, RANK], T)  # (B, T) each
         with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-            _, loss = model(x, y)  # forward, in the format `precision` where that is safe
-        loss = loss / passes  # backward adds up gradients: this makes the sum a mean
-        scaler.scale(loss).backward()  # in fp16 tiny gradients vanish: the scaler enlarges the loss
-        mean_loss += loss.detach()
+            _, loss = model(x, y)
+        part = loss / passes  # backward adds up gradients: this makes the sum a mean
+        scaler.scale(part).backward()  # part.backward(); in fp16 of a larger part, against underflow
     if WORLD > 1:  # each process has the gradients of its part: take the mean
-        for tensor in [mean_loss, *[p.grad for p in model.parameters()]]:
-            dist.all_reduce(tensor)  # the sum over the processes
-            tensor /= WORLD
+        for p in model.parameters():
+            dist.all_reduce(p.grad)  # the sum over the processes
+            p.grad /= WORLD
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)  # the true gradients again
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one bad batch cannot ruin the model
+        scaler.unscale_(optimizer)  # divides the gradients again
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one bad batch cannot do much harm
     for optimizer in optimizers:
-        scaler.step(optimizer)  # optimizer.step(), unless a gradient in fp16 became infinite
+        if precision != torch.float16 or norm.isfinite():  # in fp16 a gradient can overflow
+            scaler.step(optimizer)  # optimizer.step()
         optimizer.zero_grad()
     scaler.update()
-    return mean_loss
+    return loss.detach()
 
 def train(**flags):
     """Train as the options say. Returns the best model and its tokenizer. Two files: --ckpt has
@@ -595,9 +594,9 @@ def train(**flags):
     for part, state in zip([*optimizers, scaler], saved.get("states", []), strict=False):
         if state and part.state_dict():  # a scaler that is not in use has no state
             part.load_state_dict(state)
-    if WORLD > 1:  # after the optimizers: the first one ever made would keep an open group alive
+    if WORLD > 1:  # after the optimizers: making the first one would keep an earlier group open
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    network = torch.compile(model) if config.compile else model  # the same weights
+    network = torch.compile(model) if config.compile else model  # the same weights, for training
     tokens = config.block_size * config.batch_size * config.gradient_accumulation_steps * WORLD
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} in {precision}; "
         f"{tokens:,} tokens in a step; guessing would have loss {math.log(config.vocab_size):.4f}.")
@@ -673,7 +672,8 @@ def parse(argv):
     parser.add_argument(f"--{command.__name__}", action="store_true", required=True)
     for f in [f for f in fields(config) if f.metadata]:
         kind = {"type": f.type, "choices": f.metadata["choices"]}
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else kind
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(f"--{f.name}", help=f"{f.metadata['help']} [{f.default}]", **kind)
     flags = vars(parser.parse_args(argv))
     del flags[command.__name__]
@@ -681,7 +681,7 @@ def parse(argv):
 
 def main(argv=None):
     """Run a command. Returns the exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # "?" for what a console cannot show; no line waits
+    for stream in (sys.stdout, sys.stderr):  # "?" for what it cannot show; each line at once
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
         command, flags = parse(sys.argv[1:] if argv is None else argv)
