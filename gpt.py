@@ -243,7 +243,7 @@ class GPTLanguageModel(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
         # Output layers start at zero: a block begins as the identity, all tokens as equally likely.
-        # They still train: lm_head gets a gradient at once, and when it is not zero any more, all do.
+        # They still train: lm_head gets a gradient at once, and as soon as it is not zero, all do.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -548,7 +548,7 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
         with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
             _, loss = model(x, y)
         part = loss / passes  # backward adds up gradients: this makes the sum a mean
-        scaler.scale(part).backward()  # part.backward(); in fp16 of a larger part, against underflow
+        scaler.scale(part).backward()  # part.backward(), in fp16 of a larger part: no underflow
     if WORLD > 1:  # each process has the gradients of its part: take the mean
         for p in model.parameters():
             dist.all_reduce(p.grad)  # the sum over the processes
