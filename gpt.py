@@ -72,7 +72,7 @@ class CharTokenizer:
     def encode(self, text):
         """Text to a list of ids. UserError if a character has none."""
         unknown = "".join(sorted(set(text) - self.stoi.keys()))
-        check(not unknown, f"Unknown characters {unknown[:40]}. Known: {''.join(self.stoi)[:99]!r}")
+        check(not unknown, f"Unknown: {unknown[:40]!r}. Known: {''.join(self.stoi)[:99]!r}.")
         return [self.stoi[character] for character in text]
 
     def decode(self, ids):
@@ -326,14 +326,14 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     """Logits (B, V) -> the probabilities (B, V) from which the next token is drawn."""
     if temperature < 1e-5:  # the likeliest token has probability 1
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
-    logits, order = torch.sort(logits / temperature, descending=True)  # the likeliest token first
+    logits, order = torch.sort(logits / temperature, descending=True)  # the likeliest first
     if top_k > 0:
         logits[:, top_k:] = float("-inf")
     probs = F.softmax(logits, dim=-1)  # (B, V)
-    # Top-p (arXiv 1904.09751): drop a token if the likelier ones have probability p already.
-    likelier = probs.cumsum(dim=-1) - probs  # (B, V)
-    probs = probs.masked_fill(likelier > top_p, 0.0)
-    return torch.zeros_like(probs).scatter(1, order, probs)  # back to the order of the vocabulary
+    # Top-p (arXiv 1904.09751): drop a token if the likelier ones together have p already.
+    probs = probs.masked_fill(probs.cumsum(dim=-1) - probs > top_p, 0.0)
+    probs = torch.zeros_like(probs).scatter(1, order, probs)  # back to the order of the vocabulary
+    return probs / probs.sum(dim=-1, keepdim=True)
 
 @torch.inference_mode()  # no gradients: nothing is kept for a backward pass
 def generate_tokens(model, tokens, config):
@@ -343,7 +343,7 @@ def generate_tokens(model, tokens, config):
     cache, block_size = KVCache(model, len(tokens)), model.config.block_size
     was_training = model.training
     model.eval()  # no dropout
-    unread = tokens[:, -block_size:]  # the prompt, or as much of its end as fits
+    tokens = unread = tokens[:, -block_size:]  # the prompt, or as much of its end as fits
     for _ in range(config.max_new_tokens):
         logits, _ = model(unread, cache=cache)  # (B, t) -> (B, t, V)
         logits = logits[:, -1].float()  # (B, V): what follows the last token
