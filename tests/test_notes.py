@@ -73,10 +73,12 @@ def test_the_commands_have_existing_flags(note):
 
 
 @pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
-def test_the_links_lead_to_files(note):
+def test_the_files_that_a_note_names_exist(note):
     text = BLOCK.sub("", note.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
         assert (note.parent / target).exists(), target
+    for path in re.findall(r"`((?:checkpoints|notes|tests)/[\w/]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
