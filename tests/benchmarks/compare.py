@@ -253,7 +253,7 @@ def previous(args):
                               "generation, shipped model")):
         columns = {side: [row[i] for row in rows] for side, rows in results.items()}
         means = {side: statistics.mean(column) for side, column in columns.items()}
-        print(f"{name}: mean {means['previous']:.4g} before, {means['this']:.4g} now")
+        print(f"{name}: mean {means['previous']:.5g} before, {means['this']:.5g} now")
         print_ratios(columns, [("this", "previous")])
 
 
