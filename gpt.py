@@ -310,11 +310,10 @@ class KVCache:
         self.store = next(model.parameters()).new_zeros(shape)  # the 2 are keys and values
         self.length = 0  # tokens in the cache; GPTLanguageModel.forward counts them
 
-    def append(self, layer, k, v):
-        """Store a layer's new k and v, (B, nh, T, hs); return all of them."""
+    def append(self, layer, k, v):  # the new ones of one layer, (B, nh, T, hs) each
         end = self.length + k.size(2)
         self.store[layer, :, :, :, self.length : end] = torch.stack((k, v))
-        return self.store[layer, :, :, :, :end]  # (2, B, nh, S, hs)
+        return self.store[layer, :, :, :, :end]  # all of this layer, (2, B, nh, S, hs)
 
 def penalize_repetition(logits, tokens, penalty):
     """Make the tokens (B, N) of the context less likely in the logits (B, V)."""
@@ -416,8 +415,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update, alpha=-group["lr"] * size)
 
 def orthogonalize(x):
-    """The matrix x = U S V^T (its singular value decomposition) becomes nearly U V^T. Each round of
-    this Newton-Schulz iteration changes only the singular values S, and never computes them."""
+    """Bring the singular values S of a matrix x = U S V^T near 1, by Newton-Schulz iteration."""
     if x.size(0) > x.size(1):
         return orthogonalize(x.T).T  # x @ x.T is smaller for a wide matrix
     x = x / (x.norm() + 1e-7)  # now no singular value is above 1
@@ -523,16 +521,15 @@ def stop_signals():
         for number, old in previous.items():
             signal.signal(number, old)
 
-def configure(flags, old, saved):
-    """The options: a flag beats the checkpoint, which beats the preset, which beats the default."""
-    if old:  # a GPTConfig: of the run to resume, or, with --init_from, of the model to start from
-        for name in flags.keys() & asdict(old).keys() - {"dropout", "attention"}:
-            shorter = name == "block_size" and not saved and flags[name] < old.block_size
-            check(shorter or flags[name] == getattr(old, name),
-                  f"--{name} {flags[name]} contradicts the checkpoint: {getattr(old, name)}.")
-        saved = saved | asdict(old)
-    preset = PRESETS[(saved | flags).get("preset", "auto")]
-    return TrainConfig(**(preset | saved | flags))
+def configure(flags, known, resuming):
+    """The options. A flag beats what a checkpoint says (`known`), which beats preset and default."""
+    fixed = {*asdict(GPTConfig()), "optimizer"} - {"dropout", "attention"}
+    for name in fixed & known.keys() & flags.keys():
+        shorter = name == "block_size" and not resuming and flags[name] < known[name]
+        check(shorter or flags[name] == known[name],
+              f"--{name} {flags[name]} contradicts the checkpoint: {known[name]}.")
+    preset = PRESETS[(known | flags).get("preset", "auto")]
+    return TrainConfig(**(preset | known | flags))
 
 def training_step(step, model, optimizers, scaler, data, config, precision):
     """Set the learning rate, compute the gradients, update. Returns the last pass's loss, ()."""
@@ -568,15 +565,17 @@ def train(**flags):
     the model with the lowest validation loss, NAME.resume.pt the latest one and its optimizers."""
     ckpt = Path(flags.get("ckpt", TrainConfig.ckpt)).expanduser()
     check(ckpt.suffix == ".pt", f"--ckpt {ckpt} must end in .pt.")
+    latest = ckpt.with_suffix(".resume.pt")
     old_model, tokenizer, saved = None, None, {}
     if flags.get("resume"):
-        old_model, tokenizer, saved = load_checkpoint(ckpt.with_suffix(".resume.pt"))
+        old_model, tokenizer, saved = load_checkpoint(latest)
     elif flags.get("init_from"):
         old_model, tokenizer, _ = load_checkpoint(flags["init_from"])
     for file in [ckpt.with_suffix(end) for end in (".pt", ".resume.pt", ".csv", ".png")]:
         check(saved or not file.exists(), f"{file} exists already. Continue its run with --resume, "
               "choose another --ckpt, or move the file away.")
-    config = configure(flags, old_model and old_model.config, saved.get("train_config", {}))
+    known = saved.get("train_config", asdict(old_model.config) if old_model else {})
+    config = configure(flags, known, resuming=bool(saved))
     device, precision = choose_device(config.device, config.precision)
     tokenizer = tokenizer or config.tokenizer
     tokenizer, train_data, val_data = load_data(config.data, tokenizer, device)
@@ -611,6 +610,9 @@ def train(**flags):
                 dist.all_reduce(stop)  # if one process has to stop, all do
             finished = step >= config.max_iters
             due = finished or step % config.eval_interval == 0
+            if due or stop > 0:
+                check(all(p.isfinite().all() for p in model.parameters()), "The weights are not "
+                      "numbers any more: lower --learning_rate, or use --precision fp32.")
             if due:
                 train_loss = estimate_loss(model, train_data, max_tokens=32_768)
                 val_loss = estimate_loss(model, val_data)
@@ -619,13 +621,11 @@ def train(**flags):
                 say(f"step {step:6,}: training loss {train_loss:.4f}, validation {val_loss:.4f}")
                 say(tokenizer.decode(model.generate(train_data[:1], 100, seed=1)[0]) + "\n")
             if RANK == 0 and (due or stop > 0):
-                check(all(p.isfinite().all() for p in model.parameters()), "The weights are not "
-                      "numbers any more: lower --learning_rate, or use --precision fp32.")
                 state = {"iteration": step, "history": history, "train_config": asdict(config)}
+                states = [part.state_dict() for part in [*optimizers, scaler]]
+                save_checkpoint(latest, model, tokenizer, states=states, **state)
                 if due and val_loss == min(row["val_loss"] for row in history):
                     save_checkpoint(ckpt, model, tokenizer, **state)
-                state["states"] = [part.state_dict() for part in [*optimizers, scaler]]
-                save_checkpoint(ckpt.with_suffix(".resume.pt"), model, tokenizer, **state)
                 write_log(ckpt, history)
             if finished or stop > 0:
                 break
