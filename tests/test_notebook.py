@@ -1,0 +1,462 @@
+"""The walkthrough: its set-up, exercises, asserts, figures and HTML pages.
+
+pytest.ini lets nbval run the whole notebook. The tests here run only the cells they need.
+"""
+
+import ast
+import base64
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+PATH = ROOT / "gpt_walkthrough.ipynb"
+BOOK = nbformat.read(PATH, as_version=4)
+CODE = [cell for cell in BOOK.cells if cell.cell_type == "code"]
+SET_UP, HELPERS = CODE[0].source, CODE[1].source
+
+
+def read_sections():
+    """{number of the section: sources of its code cells}; 0 is what stands before section 1."""
+    sections, number = {}, 0
+    for cell in BOOK.cells:
+        for title in re.findall(r"(?m)^## (\w+)", cell.source) * (cell.cell_type == "markdown"):
+            number = int(title) if title.isdigit() else -1  # -1: the appendix
+        if cell.cell_type == "code":
+            sections.setdefault(number, []).append(cell.source)
+    return sections
+
+
+SECTIONS = read_sections()
+
+
+# ------------------------------------------------------------------------------------ the file
+def test_committed_as_it_ran():
+    """One run from top to bottom: no errors, no paths of a machine, small, figures described."""
+    assert PATH.stat().st_size <= 1_500_000
+    assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
+    for cell in CODE:
+        for output in cell.outputs:
+            assert output.output_type != "error" and output.get("name") != "stderr", output
+            data = output.get("data", {})
+            assert "image/png" not in data or output.metadata["image/png"]["alt"]
+            data = {kind: text for kind, text in data.items() if kind != "image/png"}
+            text = json.dumps([output.get("text"), data])
+            assert not re.search(r"/(tmp|home|root|work|usr|opt|Users)/|it/s", text), text[:300]
+
+
+def test_the_students_parts_use_torch_only():
+    """What the student builds never takes a part from gpt.py."""
+    found = set()
+    for cell in CODE:
+        for node in ast.parse(cell.source).body:
+            name = getattr(node, "name", "")
+            if name.startswith(("My", "my_", "Solution", "solution_")):
+                found.add(name)
+                assert not [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id == "gpt"]
+    assert {"MyHead", "MyMultiHeadAttention", "MyLayerNorm", "MyFeedForward", "MyBlock",
+            "MyGPT"} <= found
+
+
+def test_the_badge_has_the_address_of_the_clone():
+    url = re.search(r'(?m)^REPO_URL = "https://github.com/([^"]*)"', SET_UP).group(1)
+    badge = json.dumps([output.get("data") for output in CODE[0].outputs])
+    assert f"colab.research.google.com/github/{url}/blob/main/gpt_walkthrough.ipynb" in badge
+    assert sum(cell.source.count(url) for cell in BOOK.cells) == 1
+
+
+# ---------------------------------------------------------------------------------- the set-up
+def set_up(tmp_path, where, url="/absent", before=""):
+    """Run the search for gpt.py in a folder; the process prints gpt's place, FOLDER and WORK."""
+    kaggle = tmp_path / "kaggle"
+    slow = r"(?m)^(import (matplotlib|numpy|torch)|from (IPython|PIL|torch)).*\n"
+    cell = re.sub(slow, "", SET_UP.split("import gpt ")[0])
+    cell = cell.replace('Path("/kaggle")', f"Path({str(kaggle)!r})")
+    cell, count = re.subn(r'(?m)^REPO_URL = "[^"]*"', f"REPO_URL = {str(url)!r}", cell)
+    assert count == 1 and str(kaggle) in cell
+    code = f"{before}\n{cell}\nimport gpt\nprint(gpt.PLACE, FOLDER, WORK, sep='|')"
+    env = {**os.environ, "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run([sys.executable, "-c", code], cwd=where, env=env, text=True,
+                          capture_output=True)
+
+
+def stand_in(folder, place):
+    """A folder with a gpt.py that says where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpt.py").write_text(f"PLACE = {place!r}\n")
+    return folder
+
+
+def repository(folder):
+    """A git repository in place of the one at REPO_URL."""
+    stand_in(folder, "clone")
+    git = ["git", "-C", str(folder), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run(git + command, check=True)
+    return folder
+
+
+def places(process):
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()[-1].split("|")
+
+
+def test_set_up_beside_the_notebook(tmp_path):
+    here = stand_in(tmp_path / "here", "beside")
+    stand_in(tmp_path / "kaggle" / "input" / "set", "kaggle")  # what lies beside wins
+    (tmp_path / "kaggle" / "working").mkdir()
+    place, folder, _ = places(set_up(tmp_path, here))
+    assert (place, folder) == ("beside", str(here))
+
+
+def test_set_up_with_kaggle_input(tmp_path):
+    """Attached as a dataset, however deep; what is written goes to /kaggle/working."""
+    deep = stand_in(tmp_path / "kaggle" / "input" / "set" / "a" / "b", "kaggle")
+    working = tmp_path / "kaggle" / "working"
+    working.mkdir()
+    assert places(set_up(tmp_path, working)) == ["kaggle", str(deep), str(working)]
+
+
+def test_set_up_clones(tmp_path):
+    """Alone, it clones REPO_URL; run again, it takes the clone that is there."""
+    alone, url = tmp_path / "alone", repository(tmp_path / "remote")
+    alone.mkdir()
+    place, folder, _ = places(set_up(tmp_path, alone, url))
+    assert (place, folder) == ("clone", str(alone / "gpt-from-scratch"))
+    assert places(set_up(tmp_path, alone, "/absent"))[0] == "clone"
+
+
+@pytest.mark.parametrize("before", ["", "import os; os.environ['PATH'] = ''"])
+def test_set_up_finds_nothing(tmp_path, before):
+    """One clear message, with or without git."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    process = set_up(tmp_path, alone, tmp_path / "absent", before)
+    last = process.stderr.splitlines()[-1]
+    assert process.returncode and re.match(r"FileNotFoundError: gpt.py is neither", last), last
+
+
+def test_set_up_on_colab_with_drive(tmp_path):
+    here = stand_in(tmp_path / "here", "beside")
+    colab = ("import sys, types\nfor name in ('google', 'google.colab'):\n"
+             "    sys.modules[name] = types.ModuleType(name)\n"
+             "drive = types.SimpleNamespace(mount=lambda place: print('mounted', place))\n"
+             "sys.modules['google.colab'].drive = drive")
+    process = set_up(tmp_path, here, before=colab)
+    assert places(process)[2] == str(here) and "mounted" not in process.stdout
+
+
+# -------------------------------------------------------------------------------- the exercises
+def find_exercises():
+    """{number: (cell with the stub, cell with the solution)}."""
+    found = {}
+    for stub, solution in zip(CODE, CODE[1:], strict=False):
+        for number in re.findall(r'print\("Exercise (\d+):', stub.source):
+            assert solution.metadata["jupyter"]["source_hidden"]
+            found[int(number)] = stub.source, solution.source
+    return found
+
+
+EXERCISES = find_exercises()
+# For each exercise: what to change in the solution, and a part of the hint that must come.
+WRONG = {
+    1: [("keys > queries", "keys >= queries", "must see itself"),
+        ("keys > queries", "keys <= queries", "inverted"),
+        ("torch.arange(S - T, S)", "torch.arange(T)", "LAST T positions")],
+    2: [(" / math.sqrt(hs)", "", "square root of hs"),
+        ("        scores = scores.masked_fill(causal_mask(T, T).to(x.device), float(\"-inf\"))\n",
+         "", "mask is missing"),
+        ("math.sqrt(hs)", "math.sqrt(x.size(-1))", "root of C"),
+        ("dim=-1)\n", "dim=-2)\n", "run over the keys"),
+        ("q @ k.transpose", "k @ q.transpose", "exchanged")],
+    3: [("(2, 0, 3, 1, 4)", "(2, 0, 1, 3, 4)", "positions come before heads"),
+        ("return qkv.permute(2, 0, 3, 1, 4)", "return qkv.reshape(3, B, nh, T, -1)",
+         "reshape alone mixes")],
+    4: [("unbiased=False, ", "", "unbiased=False"),
+        ("torch.sqrt(variance + self.eps)", "(variance + self.eps)", "root of the variance"),
+        ("(x - mean)", "x", "each position must have mean 0"),
+        ("self.weight * ", "", "multiply by self.weight"),
+        (" + self.eps", "", "add eps")],
+    5: [("x * x", "x", "that is ReLU"), ("F.relu(self.up(x))", "self.up(x)", "AFTER the ReLU"),
+        ("bias=False", "bias=True", "without biases"), ("4 * C", "2 * C", "4C of C")],
+    6: [("x = x + collected", "x = collected", "first residual connection"),
+        ("return x + computed", "return computed", "second residual connection"),
+        ("self.ln_2(x)", "self.ln_1(x)", "its own LayerNorm"),
+        ("self.attention(self.ln_1(x), rotation)", "self.attention(x, rotation)", "")],
+    7: [("    optimizer.zero_grad()\n", "", "add up"), ("    loss.backward()\n", "", "no gradient"),
+        ("    optimizer.step()\n", "", "did not move"), ("loss.item()", "loss", "return a number")],
+    8: [("return kept / kept.sum()", "return kept", "must sum to 1"),
+        ("values.cumsum(dim=0) - values", "values.cumsum(dim=0)", "crosses p stays"),
+        ("torch.zeros_like(probs).scatter(0, order, values)", "values", "order of the vocabulary")],
+    9: [("idx[:, -block_size:]", "idx", "cut the context"),
+        ("logits[:, -1]", "logits[:, 0]", "LAST"),
+        ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1, keepdim=True)",
+         "multinomial")],
+    10: [("dim=2", "dim=1", "dim=2"), ("[layer]", "[0]", "each layer has its own"),
+         ("torch.cat((self.keys[layer], k)", "torch.cat((k, self.keys[layer])", "at the END")],
+}
+
+
+@pytest.fixture(scope="module")
+def space():
+    """The notebook's names after the set-up and the helper cell."""
+    import matplotlib
+    matplotlib.use("Agg")
+    names, folder = {"__name__": "notebook"}, os.getcwd()
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(SET_UP, names)
+            exec(HELPERS, names)
+    finally:
+        os.chdir(folder)
+    (heads,) = [cell.source for cell in CODE if cell.source.startswith("class MyMultiHead")]
+    for number in sorted(EXERCISES):  # later exercises use earlier parts
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(EXERCISES[number][0], names)
+            exec(EXERCISES[number][1], names)
+            exec(heads, names)
+    return names
+
+
+def checker_and_name(number):
+    """The checker of an exercise, and the name of what the student writes."""
+    return re.search(r"run_checker\((\w+), (\w+)\)", EXERCISES[number][0]).groups()
+
+
+def verdict(space, number, source):
+    """What the student sees after the cell with this answer."""
+    _, name = checker_and_name(number)
+    answer = re.sub(r"\b[Ss]olution\w*", name, source.split("\n\n" + name + " = choose")[0])
+    call = EXERCISES[number][0].splitlines()[-1]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(f"{answer}\n{call}", dict(space))
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_exercise(space, number):
+    """Open at first; the solution is right; the run goes on with the solution."""
+    stub, solution = EXERCISES[number]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(stub, dict(space))
+    assert "open" in printed.getvalue()
+    assert verdict(space, number, solution).strip().endswith("right")
+    checker, name = checker_and_name(number)
+    assert space["run_checker"](space[checker], space[name]) == "right"
+
+
+@pytest.mark.parametrize("number, old, new, hint", [
+    pytest.param(number, *case, id=f"{number} {case[2] or case[1][:20]}")
+    for number, cases in WRONG.items() for case in cases])
+def test_wrong_answer_gets_its_hint(space, number, old, new, hint):
+    solution = EXERCISES[number][1]
+    assert old in solution
+    said = verdict(space, number, solution.replace(old, new))
+    assert "right\n" not in said and "open" not in said and hint in said, said
+
+
+def test_a_right_answer_is_used(space):
+    """The notebook goes on with the student's own part, not with the solution."""
+    def own(T, S):
+        return space["torch"].ones(T, S).triu(1 + S - T) == 1
+    assert space["choose"](space["check_mask"], own, None) is own
+
+
+# ------------------------------------------------------------- asserts that notice a broken gpt.py
+SHORTER = {  # so that the cells run in seconds
+    "300, temperature": "3, temperature", "gpt.estimate_loss(shipped, val_ids)": "saved_loss",
+    "ladder = {": 'saved_loss = min(r["val_loss"] for r in saved["history"])\nladder = {',
+    "range(100)": "range(2)", "sequences=64)": "sequences=4)", "prompt_ids, 120": "prompt_ids, 5"}
+# What to change in gpt.py, in which sections to look, the words of the assert that notices it.
+CHANGES = [
+    ("sequences[:, :-1], sequences[:, 1:]", "sequences[:, :-1], sequences[:, :-1]", [2],
+     "shifted by one"),
+    ("self.stoi[character] for", "self.stoi[character] ^ 1 for", [2], "encode must undo decode"),
+    (".triu(1 + S - T)", ".triu(2 + S - T)", [4], ""),
+    ("/ math.sqrt(hs)", "/ hs", [4], ""),
+    ("weights = F.softmax(scores, dim=-1)", "weights = F.softmax(scores, dim=-2)", [4], ""),
+    ("is_causal=T > 1", "is_causal=False", [4], "leaks into the past"),
+    ("torch.cat((a * cos - b * sin, a * sin + b * cos)", "torch.cat((a * cos, a * sin)", [4, 5, 6],
+     "rotates in another way"),
+    ("qk = F.layer_norm(qk, qk.shape[-1:])", "pass", [4, 5], "MultiHeadAttention computes"),
+    ("            x = x * x\n", "            pass\n", [4, 5, 6, 7], "FeedForward computes"),
+    ("return x + self.feed_forward", "return self.feed_forward", [4, 5, 6, 7], "Block computes"),
+    ("self.lm_head(self.ln_f(x))", "self.lm_head(x)", [4, 5, 6, 7, 8], "MyGPT and gpt.py differ"),
+    ("torch.arange(start, start + T", "torch.arange(0, T", [4, 5, 6, 7, 8, 12],
+     "the cache changes the logits"),
+    ("nn.init.zeros_(parameter)", "nn.init.normal_(parameter)", [4, 5, 6, 7, 8, 9], "not ln V"),
+]
+RUNNER = r"""
+import contextlib, hashlib, io, json, os, sys
+import matplotlib
+matplotlib.use("Agg")
+import torch
+torch.set_num_threads(1)
+job, answers = json.load(sys.stdin), []
+figures = []
+
+def take(alt):
+    import matplotlib.pyplot as plt
+    canvas = plt.gcf().canvas
+    canvas.draw()
+    figures.append(hashlib.sha256(bytes(canvas.buffer_rgba())).hexdigest())
+    plt.close()
+
+def execute(cells, space):
+    for section, source in cells:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                exec(compile(source, f"section {section}", "exec"), space)
+        except Exception as error:
+            return [section, type(error).__name__, str(error)]
+        if "def show(alt)" in source:
+            space["show"] = take if job["figures"] else lambda alt: space["plt"].close()
+    return [None, "", ""]
+
+for folder, cells, again in job["runs"]:
+    os.chdir(folder)
+    sys.modules.pop("gpt", None)
+    space = {}
+    answers.append(execute(cells, space))
+    first = {}
+    for turn, order in enumerate((again, again[::-1])):
+        for number in order:
+            del figures[:]
+            execute([cell for cell in cells if cell[0] == number], space)
+            if turn == 0:
+                first[number] = list(figures)
+            else:
+                answers.append([number, first[number], list(figures)])
+print("\n" + json.dumps(answers))
+"""
+
+
+def cells_of(sections):
+    cells = []
+    for number in sections:
+        for source in SECTIONS[number]:
+            for long, short in SHORTER.items():
+                source = source.replace(long, short)
+            cells.append([number, source])
+    return cells
+
+
+def run_cells(runs, figures=False):
+    """Run [folder, cells, sections to run again] one after the other, in one process."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run([sys.executable, "-c", RUNNER], text=True, capture_output=True,
+                             env=env, input=json.dumps({"runs": runs, "figures": figures}),
+                             cwd=ROOT)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def noticed(tmp_path_factory):
+    """{index of the change: [section, kind of error, message]} of the first cell that fails."""
+    text, runs, indices = (ROOT / "gpt.py").read_text(encoding="utf-8"), [], []
+    for index, (old, new, sections, _) in enumerate(CHANGES):
+        if old in text:
+            folder = tmp_path_factory.mktemp("changed")
+            (folder / "gpt.py").write_text(text.replace(old, new, 1), encoding="utf-8")
+            for name in ("input.txt", "checkpoints"):
+                (folder / name).symlink_to(ROOT / name)
+            runs.append([str(folder), cells_of([0, 1, 2, *([3] * (9 in sections)), *sections]), []])
+            indices.append(index)
+    return dict(zip(indices, run_cells(runs), strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(CHANGES)), ids=[change[1][:30] for change in CHANGES])
+def test_a_broken_gpt_is_noticed(noticed, index):
+    old, _, sections, words = CHANGES[index]
+    assert index in noticed, f"gpt.py no longer has {old!r}: change another line of it"
+    section, kind, message = noticed[index]
+    assert (section, kind) == (sections[-1], "AssertionError") and words in message, noticed[index]
+
+
+def test_asserts_hold_and_sections_can_run_again():
+    """Sections 4, 6 and 7 run again in another order: they draw the same figures."""
+    cells = cells_of([0, 1, 2, 3, 4, 5, 6, 7, 8, 12])
+    first, *again = run_cells([[str(ROOT), cells, [4, 6, 7]]], figures=True)
+    assert first[0] is None, first
+    for section, before, after in again:
+        assert before and before == after, f"section {section} drew another figure"
+
+
+# ------------------------------------------------------------------------------ the HTML pages
+def html_output(name):
+    """The HTML of the output that holds this page."""
+    (html,) = [output["data"]["text/html"] for cell in CODE for output in cell.outputs
+               if f'id="{name}"' in output.get("data", {}).get("text/html", "")]
+    return html
+
+
+def test_the_saved_page_is_the_one_of_the_notebook():
+    saved = (ROOT / "checkpoints" / "attention.html").read_text(encoding="utf-8")
+    assert html_output("attention") in saved
+    assert "http" not in saved.replace("http-equiv", "")  # nothing is loaded from elsewhere
+
+
+def browse(folder, page, script):
+    """Open a page in headless Chromium, run a script, return what it writes."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium here")
+    file = folder / "page.html"
+    result = '<pre id="result"></pre>'
+    file.write_text(f"{page}{result}<script>const say=x=>document.getElementById('result')"
+                    f".textContent=JSON.stringify(x);{script}</script>", encoding="utf-8")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+               f"--user-data-dir={folder / 'profile'}", file.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=50).stdout
+    return json.loads(re.search(r'<pre id="result">(.*?)</pre>', dom, re.S).group(1))
+
+
+def exported(name):
+    """The page inside the notebook as nbconvert exports it."""
+    from nbconvert import HTMLExporter
+    cell = next(cell for cell in CODE if any(
+        f'id="{name}"' in output.get("data", {}).get("text/html", "") for output in cell.outputs))
+    small = nbformat.v4.new_notebook(cells=[cell], metadata=BOOK.metadata)
+    html = HTMLExporter(template_name="basic").from_notebook_node(small)[0]
+    return re.sub(r'<script src="http[^>]*></script>', "", html)
+
+
+def test_hovering_shows_the_weights(tmp_path):
+    """The weights of the hovered character: in the page, and again in what it was made from."""
+    shown = browse(tmp_path, exported("attention"), """
+const spans=[...document.querySelectorAll('#attention .text span')];
+spans[20].dispatchEvent(new MouseEvent('mouseover'));
+const first=spans.map(s=>+s.dataset.weight);
+const head=document.querySelector('#attention .head');head.value=7;head.onchange();
+say([first,spans.map(s=>+s.dataset.weight),
+document.querySelector('#attention .info').textContent])""")
+    first, other, info = shown
+    assert abs(sum(first) - 1) < 0.1 and sum(first[21:]) == 0, first
+    assert abs(sum(other) - 1) < 0.1 and first != other
+    assert "position 20" in info and "%" in info
+    data = json.loads(re.search(r",D=(\{.*?\});", html_output("attention"), re.S).group(1))
+    weights, T = base64.b64decode(data["weights"]), data["T"]
+    row = [weights[20 * 21 // 2 + s] / 255 for s in range(21)]
+    assert first[:21] == pytest.approx(row, abs=1e-3) and len(first) == T
+
+
+def test_the_slider_changes_the_bars(tmp_path):
+    cold, warm, hot = browse(tmp_path, exported("temperature"), """
+const slider=document.querySelector('#temperature .slider');
+const at=t=>{slider.value=t;slider.oninput();
+return [...document.querySelectorAll('#temperature .bars div')].map(d=>+d.dataset.p)};
+say([at(0),at(1),at(2)])""")
+    assert cold[0] == 1 and sum(cold) == 1
+    assert cold[0] > warm[0] > hot[0] > 0 and warm[0] > warm[-1] and sum(warm) <= 1
