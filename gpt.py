@@ -522,7 +522,7 @@ def stop_signals():
             signal.signal(number, old)
 
 def configure(flags, known, resuming):
-    """The options. A flag beats `known`, of a checkpoint, which beats the preset and the default."""
+    """The options: a flag beats `known` (from a checkpoint), which beats preset and default."""
     fixed = {*asdict(GPTConfig()), "optimizer"} - {"dropout", "attention"}
     for name in fixed & known.keys() & flags.keys():
         shorter = name == "block_size" and not resuming and flags[name] < known[name]
