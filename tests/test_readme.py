@@ -60,7 +60,9 @@ def test_the_commands_run(arguments, offline):
     small = ["--max_new_tokens", "3"]
     if "--train" in arguments:
         small = ["--max_iters", "1", "--device", "cpu"]
-        if "--init_from" not in arguments:
+        if "--init_from" in arguments:  # a large model: with a short text
+            small += ["--data", "my.txt", "--block_size", "16"]
+        else:
             small += ["--n_layer", "1", "--n_head", "1", "--n_embd", "8", "--block_size", "16"]
     if "mine.pt" in arguments and ("--resume" in arguments or "--sample" in arguments):
         tiny = dict(preset="cpu", n_layer=1, n_head=1, n_embd=8, block_size=16, max_iters=0)
