@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import gpt
 from gpt import Head, KVCache, rotary_angles, rotate
 
 close = {"rtol": 1e-10, "atol": 1e-10}  # float64
@@ -157,16 +156,6 @@ def test_dot_products_depend_on_the_distance():
         diagonal = products.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=0, atol=1e-5)
     assert products[:, 0].unique().numel() == 20
-
-
-def test_a_rotary_model_knows_distances_only(make_model, monkeypatch):
-    """All positions moved by a thousand change nothing; doubled distances do."""
-    model, idx = make_model(positions="rotary"), tokens(2, 8)
-    logits, _ = model(idx)
-    monkeypatch.setattr(gpt, "rotary_angles", lambda p, *rest: rotary_angles(p + 1000, *rest))
-    torch.testing.assert_close(model(idx)[0], logits, rtol=0, atol=0.02)  # angles are in float32
-    monkeypatch.setattr(gpt, "rotary_angles", lambda p, *rest: rotary_angles(2 * p, *rest))
-    assert (model(idx)[0] - logits).abs().max() > 0.1
 
 
 # -------------------------------------------------------------------------------------- QK-norm

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.generation import logits_process as theirs
 
 from gpt import KVCache, SampleConfig, generate_tokens, penalize_repetition, probabilities
@@ -59,7 +58,7 @@ def test_the_cache_changes_nothing(make_model, positions, attention, block_size,
 
     The prompts have one token, several, as many as the context, and more.
     """
-    model, idx = make_model(positions=positions, attention=attention, block_size=block_size), None
+    model = make_model(positions=positions, attention=attention, block_size=block_size)
     idx, steps = tokens(3, T), []
     hook = model.lm_head.register_forward_hook(lambda head, args, out: steps.append(out[:, -1]))
     out = model.generate(idx, 20, **greedy)
@@ -93,8 +92,9 @@ def test_the_cache_keeps_what_each_layer_appended(make_model):
 @each_position
 def test_sequences_of_a_batch_do_not_mix(make_model, positions):
     model, idx = make_model(positions=positions), tokens(4, 3)
-    alone = torch.cat([model.generate(row, 15, **greedy) for row in idx])
-    assert torch.equal(model.generate(idx, 15, **greedy), alone)
+    options = greedy | {"repetition_penalty": 1.5}
+    alone = torch.cat([model.generate(row, 15, **options) for row in idx])
+    assert torch.equal(model.generate(idx, 15, **options), alone)
     assert len(alone[:, 3:].unique(dim=0)) > 1
 
 
@@ -163,13 +163,6 @@ def test_a_high_temperature_makes_all_tokens_equally_likely(temperature):
     torch.testing.assert_close(probs, torch.full((1, 3), 1 / 3))
 
 
-@pytest.mark.parametrize("temperature", [1e-4, 0.5, 1.0, 2.0])
-def test_the_temperature_divides_the_logits(temperature):
-    logits = 3 * torch.randn(5, 40)
-    expected = F.softmax(logits / temperature, dim=-1)
-    torch.testing.assert_close(probabilities(logits, temperature), expected)
-
-
 # ------------------------------------------------------------------------------ top-k and top-p
 @pytest.mark.parametrize("top_k", [1, 2, 5, 13, 14, 1000])
 def test_top_k_keeps_the_k_likeliest(top_k):
@@ -215,7 +208,7 @@ def test_probabilities_are_those_of_transformers(temperature, top_k, top_p):
         expected = theirs.TopKLogitsWarper(top_k)(None, expected)
     expected = theirs.TopPLogitsWarper(top_p)(None, expected).softmax(dim=-1)
     probs = probabilities(logits, temperature, top_k, top_p)
-    torch.testing.assert_close(probs / probs.sum(dim=-1, keepdim=True), expected)
+    torch.testing.assert_close(probs, expected)
     assert torch.equal(logits, original)
 
 
@@ -227,8 +220,8 @@ def test_draws_follow_the_probabilities(make_model, options):
     model, options = make_model(n_layer=1), {"top_p": 1.0} | options
     logits = model(torch.zeros(1, 1, dtype=torch.long))[0][:, -1]
     probs = probabilities(logits, **options)[0]
-    expected = 8000 * probs / probs.sum()
-    counts, often = draws(model, 8000, **options), expected > 5
+    expected, counts = 8000 * probs, draws(model, 8000, **options)
+    often = expected > 5
     assert often.sum() > 2 and not counts[probs == 0].any()
     chi_square = ((counts - expected) ** 2 / expected)[often].sum()
     assert chi_square < 40  # at most 12 degrees of freedom: larger once in 10,000 seeds

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -271,9 +270,3 @@ def test_number_formats(make_model, dtype, positions, attention):
     assert (logits - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=0.05)
     assert model.generate(idx, 12).shape == (2, 20)
-
-
-def test_a_model_can_be_built_from_its_saved_options():
-    """What a checkpoint keeps as `hyperparameters` is enough."""
-    config = fresh(positions="learned", bias=True, attention="explicit").config
-    assert GPTConfig(**asdict(config)) == config

@@ -277,7 +277,8 @@ def test_a_right_answer_is_used(space):
 SHORTER = {  # so that the cells run in seconds
     "300, temperature": "3, temperature", "gpt.estimate_loss(shipped, val_ids)": "saved_loss",
     "ladder = {": 'saved_loss = min(r["val_loss"] for r in saved["history"])\nladder = {',
-    "range(100)": "range(2)", "sequences=64)": "sequences=4)", "prompt_ids, 120": "prompt_ids, 5"}
+    "range(100)": "range(2)", "sequences=64)": "sequences=4)", "prompt_ids, 120": "prompt_ids, 5",
+    "size(1) + 120)": "size(1) + 5)"}
 # What to change in gpt.py, in which sections to look, the words of the assert that notices it.
 CHANGES = [
     ("sequences[:, :-1], sequences[:, 1:]", "sequences[:, :-1], sequences[:, :-1]", [2],
@@ -289,7 +290,8 @@ CHANGES = [
     ("is_causal=T > 1", "is_causal=False", [4], "leaks into the past"),
     ("torch.cat((a * cos - b * sin, a * sin + b * cos)", "torch.cat((a * cos, a * sin)", [4, 5, 6],
      "rotates in another way"),
-    ("qk = F.layer_norm(qk, qk.shape[-1:])", "pass", [4, 5], "MultiHeadAttention computes"),
+    ("k = F.layer_norm(k, k.shape[-1:])", "k = F.rms_norm(k, k.shape[-1:])", [4, 5],
+     "MultiHeadAttention computes"),
     ("            x = x * x\n", "            pass\n", [4, 5, 6, 7], "FeedForward computes"),
     ("return x + self.feed_forward", "return self.feed_forward", [4, 5, 6, 7], "Block computes"),
     ("self.lm_head(self.ln_f(x))", "self.lm_head(x)", [4, 5, 6, 7, 8], "MyGPT and gpt.py differ"),
@@ -372,7 +374,7 @@ def noticed(tmp_path_factory):
             (folder / "gpt.py").write_text(text.replace(old, new, 1), encoding="utf-8")
             for name in ("input.txt", "checkpoints"):
                 (folder / name).symlink_to(ROOT / name)
-            runs.append([str(folder), cells_of([0, 1, 2, *([3] * (9 in sections)), *sections]), []])
+            runs.append([str(folder), cells_of([0, 1, 2, *([3] * (8 in sections)), *sections]), []])
             indices.append(index)
     return dict(zip(indices, run_cells(runs), strict=True))
 

@@ -172,9 +172,9 @@ def test_shakespeare_is_downloaded_once_and_checked(folder, monkeypatch):
 def test_the_shipped_text_is_encoded_quickly():
     """1.1 million characters: each id is right."""
     text = (ROOT / "input.txt").read_text(encoding="utf-8")
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer, train, val = load_data("", "char")
-    assert time.perf_counter() - start < 5  # 0.2 s on an idle core
+    assert time.process_time() - start < 2  # 0.2 s are usual
     characters = sorted(set(text))
     ids = torch.cat((train, val))
     assert len(ids) == len(text) > 1_000_000
