@@ -156,7 +156,7 @@ def rotary_angles(positions, hs, dtype):
 
 def rotate(x, cos, sin):
     """Rotate pairs of channels of x (..., T, hs) by the angles of their position. With q at 5 and k
-    at 3, the dot product is as if q alone were rotated, to 2: attention sees the distance."""
+    at 3, the dot product is as if q alone were rotated, to 2. Else attention knows no order."""
     a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
 
@@ -227,13 +227,13 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ln_2(x))  # (B, T, C)
 
 class GPTLanguageModel(nn.Module):
-    """Token ids in; out come, at every position, the logits of all possible next tokens."""
+    """Token ids in; out come logits, at every position a score for each possible next token."""
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
         check(C % (2 * config.n_head) == 0, f"--n_embd {C} must be a multiple of 2 x --n_head.")
         self.config = config
-        self.token_embedding = nn.Embedding(config.vocab_size, C)
+        self.token_embedding = nn.Embedding(config.vocab_size, C)  # a table: a vector for each id
         if config.positions == "learned":
             self.position_embedding = nn.Embedding(config.block_size, C)
         self.dropout = nn.Dropout(config.dropout)
@@ -243,7 +243,7 @@ class GPTLanguageModel(nn.Module):
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
         # Output layers start at zero: a block begins as the identity, all tokens as equally likely.
-        # They still train: lm_head gets a gradient at once, and as soon as it is not zero, all do.
+        # They still train: first only lm_head has a gradient, then proj and down, then all.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -410,7 +410,7 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.1)  # = 0.9 * momentum + 0.1 * gradient, a running mean
                 update = orthogonalize(p.grad.lerp(momentum, 0.9))  # Nesterov momentum
-                size = 0.2 * math.sqrt(max(p.shape))  # entries as large as AdamW's (2502.16982)
+                size = 0.2 * math.sqrt(max(p.shape))  # entries like AdamW's (arXiv 2502.16982)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * size)
 
@@ -465,13 +465,13 @@ def save_checkpoint(path, model, tokenizer, **more):
     os.replace(f"{path}.tmp", path)  # at any moment `path` is a whole file: the old or the new one
 
 def load_checkpoint(path, device="cpu"):
-    """Return (model, tokenizer, the rest of the file), ready to use. No code in it is executed."""
+    """Return (model, tokenizer, the rest of the file), ready to use. No code in it is run."""
     file = Path(path).expanduser()
     if not file.exists():
         file = Path(__file__).parent / "checkpoints" / path
-    check(file.is_file(), f"No file {path}. For GPT-2: python notes/gpt2.py import gpt2 gpt2.pt")
+    check(file.is_file(), f"No file {path}. (For GPT-2: python notes/gpt2.py import gpt2 gpt2.pt)")
     try:
-        rest = torch.load(file, map_location="cpu", weights_only=True)
+        rest = torch.load(file, map_location="cpu", weights_only=True)  # only tensors and the like
         model = GPTLanguageModel(GPTConfig(**rest.pop("hyperparameters")))
         model.load_state_dict(rest.pop("model_state_dict"))
         tokenizer = CharTokenizer(rest["stoi"]) if rest["stoi"] else BPETokenizer()
@@ -541,11 +541,11 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
     T, passes = config.block_size, config.gradient_accumulation_steps
     starts = torch.randint(len(data) - T, (passes, WORLD, config.batch_size), device=data.device)
     for i in range(passes):
-        x, y = get_batch(data, starts[i, RANK], T)  # (B, T) each
+        x, y = get_batch(data, starts[i, RANK], T)  # batch: (B, T) each
         with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-            _, loss = model(x, y)
+            _, loss = model(x, y)  # forward
         part = loss / passes  # backward adds up gradients: this makes the sum a mean
-        scaler.scale(part).backward()  # part.backward(), in fp16 of a larger part: no underflow
+        scaler.scale(part).backward()  # backward: part.backward(); in fp16 of a larger part
     if WORLD > 1:  # each process has the gradients of its part: take the mean
         for p in model.parameters():
             dist.all_reduce(p.grad)  # the sum over the processes
@@ -555,7 +555,7 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one bad batch cannot do much harm
     for optimizer in optimizers:
         if precision != torch.float16 or norm.isfinite():  # in fp16 a gradient can overflow
-            scaler.step(optimizer)  # optimizer.step()
+            scaler.step(optimizer)  # step: optimizer.step()
         optimizer.zero_grad()
     scaler.update()
     return loss.detach()
@@ -593,7 +593,7 @@ def train(**flags):
     for part, state in zip([*optimizers, scaler], saved.get("states", []), strict=False):
         if state and part.state_dict():  # a scaler that is not in use has no state
             part.load_state_dict(state)
-    if WORLD > 1:  # after the optimizers: making the first one would keep an earlier group open
+    if WORLD > 1:  # only now: a group older than the first optimizer can crash Python at its exit
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     network = torch.compile(model) if config.compile else model  # the same weights, for training
     tokens = config.block_size * config.batch_size * config.gradient_accumulation_steps * WORLD
@@ -650,10 +650,10 @@ def sample(**flags):
     device, _ = choose_device(config.device, "fp32")
     model, tokenizer, _ = load_checkpoint(config.ckpt, device)
     model.config.attention = config.attention
-    prompt = (config.prompt or "\n").replace("\\n", "\n").replace("\\t", "\t")
+    prompt = config.prompt.replace("\\n", "\n").replace("\\t", "\t")
     if config.prompt_file:
         prompt = Path(config.prompt_file).expanduser().read_text(encoding="utf-8-sig")
-    ids = torch.tensor([tokenizer.encode(prompt)], device=device)  # (1, T)
+    ids = torch.tensor([tokenizer.encode(prompt or "\n")], device=device)  # (1, T)
     print(prompt, end="", flush=True)
     unprinted = []
     for new in generate_tokens(model, ids, config):
