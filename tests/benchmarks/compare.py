@@ -148,7 +148,7 @@ def training_speed(side, nanogpt, dropout, precision):
             group["lr"] = 1e-3
     x, y = torch.randint(65, (2, 16, 256))
     seconds = []
-    for _ in range(6):
+    for _ in range(5):
         start = time.perf_counter()
         training_step(model, optimizers, x, y, precision)
         seconds.append(time.perf_counter() - start)
@@ -157,12 +157,12 @@ def training_speed(side, nanogpt, dropout, precision):
 
 def training(args):
     sides = ("nanogpt", "same", "ours", "ours, Muon")
-    for precision in (torch.float32, torch.bfloat16):
-        for dropout in (0.0, 0.2):
-            print(f"training, {precision}, dropout {dropout}: tokens per second")
-            options = (args.nanogpt, dropout, precision)
-            speeds = in_turn(args.rounds, training_speed, sides, *options)
-            print_ratios(speeds, [(side, "nanogpt") for side in sides[1:]])
+    precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
+    for dropout in (0.0, 0.2):
+        print(f"training, {args.precision}, dropout {dropout}: tokens per second")
+        options = (args.nanogpt, dropout, precision)
+        speeds = in_turn(args.rounds, training_speed, sides, *options)
+        print_ratios(speeds, [(side, "nanogpt") for side in sides[1:]])
 
 
 @torch.no_grad()
@@ -295,6 +295,7 @@ def main():
     parser.add_argument("--previous", help="a checkout of an earlier version of this project")
     parser.add_argument("--text", help="the tiny Shakespeare file")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training")
     args = parser.parse_args()
     print(f"gpt.py {commit(ROOT)}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in ("nanogpt", "previous"):

@@ -7,7 +7,8 @@ Every rung changes one thing and keeps the changes before it. Size, batches (8 x
 number of steps are those of all rungs. Each rung is trained with its own best learning rate: at
 least four are tried with the first seed, and more while the best one is the lowest or the highest
 that was tried. Then two more seeds are trained with it. The validation loss is that of the whole
-validation split at the end of training. The CSV keeps every run, the tries included.
+validation split at the end of training. The CSV keeps every run, the tries included. At the end
+the rungs take turns to measure the time per step, because the speed of a machine drifts.
 """
 import argparse
 import csv
@@ -58,55 +59,64 @@ def options_of(rung, steps):
             return options
 
 
-def train(rung, learning_rate, seed, steps, text):
-    """Returns the validation loss at the end and the median of the milliseconds per step."""
+def prepare(rung, learning_rate, seed, steps, vocab_size):
+    """Returns the options, the model at its start and its optimizers."""
     config = gpt.TrainConfig(**options_of(rung, steps), learning_rate=learning_rate, seed=seed)
-    tokenizer, train_data, val_data = gpt.load_data(text, "char")
     torch.manual_seed(seed)
     shape = {name: getattr(config, name) for name in asdict(gpt.GPTConfig())}
-    model = gpt.GPTLanguageModel(gpt.GPTConfig(**shape | {"vocab_size": tokenizer.vocab_size}))
+    model = gpt.GPTLanguageModel(gpt.GPTConfig(**shape | {"vocab_size": vocab_size}))
     if rung == RUNGS[0][0]:
         gpt2_initialisation(model)
-    optimizers = gpt.make_optimizers(model, config)
+    return config, model, gpt.make_optimizers(model, config)
+
+
+def train(prepared, data, steps):
+    config, model, optimizers = prepared
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    times = [time.perf_counter()]
     for step in range(steps):
-        gpt.training_step(step, model, optimizers, scaler, train_data, config, torch.float32)
-        times.append(time.perf_counter())
-    milliseconds = [1000 * (b - a) for a, b in zip(times, times[1:], strict=False)]
-    return gpt.estimate_loss(model, val_data), statistics.median(milliseconds)
+        gpt.training_step(step, model, optimizers, scaler, data, config, torch.float32)
 
 
 def read(path):
-    """{(rung, learning rate, seed): (validation loss, ms per step)}"""
+    """{(rung, learning rate, seed): [steps, validation loss, ms per step or an empty text]}"""
     if not path.exists():
         return {}
     with open(path, encoding="utf-8", newline="") as file:
         return {(row["rung"], float(row["learning_rate"]), int(row["seed"])):
-                (float(row["val_loss"]), float(row["ms_per_step"])) for row in csv.DictReader(file)}
+                [int(row["steps"]), float(row["val_loss"]), row["ms_per_step"]]
+                for row in csv.DictReader(file)}
+
+
+def write(path, runs):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for key, (steps, loss, milliseconds) in runs.items():
+            writer.writerow([*key, steps, f"{loss:.4f}", milliseconds])
 
 
 def best_rate(runs, rung):
     """The learning rate with the lowest loss for the first seed, and all that were tried."""
-    tried = {rate: loss for (name, rate, seed), (loss, _) in runs.items()
+    tried = {rate: loss for (name, rate, seed), (_, loss, _) in runs.items()
              if name == rung and seed == SEEDS[0] and math.isfinite(loss)}
     return min(tried, key=tried.get), sorted(tried)
 
 
 def climb(path, steps, text):
     """Train whatever the CSV lacks."""
+    tokenizer, train_data, val_data = gpt.load_data(text, "char")
     runs = read(path)
+    for old_steps, _, _ in runs.values():
+        assert old_steps == steps, f"{path} has runs of {old_steps} steps: choose another --csv"
 
     def run(rung, rate, seed):
         if (rung, rate, seed) not in runs:
-            loss, milliseconds = runs[rung, rate, seed] = train(rung, rate, seed, steps, text)
-            new = not path.exists()
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows([COLUMNS] if new else [])
-                writer.writerow([rung, rate, seed, steps, f"{loss:.4f}", f"{milliseconds:.2f}"])
-            print(f"{rung:30} learning rate {rate:<8g} seed {seed:<5}: {loss:.4f}, "
-                  f"{milliseconds:.1f} ms a step", flush=True)
+            prepared = prepare(rung, rate, seed, steps, tokenizer.vocab_size)
+            train(prepared, train_data, steps)
+            loss = gpt.estimate_loss(prepared[1], val_data)
+            runs[rung, rate, seed] = [steps, loss, ""]
+            write(path, runs)
+            print(f"{rung:30} learning rate {rate:<8g} seed {seed:<5}: {loss:.4f}", flush=True)
 
     for rung, _ in RUNGS:
         for rate in LEARNING_RATES[options_of(rung, steps)["optimizer"]]:
@@ -115,22 +125,37 @@ def climb(path, steps, text):
         while best in (tried[0], tried[-1]):
             rate = best / 2 if best == tried[0] else best * 2
             run(rung, rate, SEEDS[0])
-            if not math.isfinite(runs[rung, rate, SEEDS[0]][0]):
+            if not math.isfinite(runs[rung, rate, SEEDS[0]][1]):
                 break
             best, tried = best_rate(runs, rung)
         for seed in SEEDS[1:]:
             run(rung, best, seed)
 
 
+def measure_times(path, text, rounds=12):
+    """Fill the column ms_per_step: the rungs take turns, ten steps each."""
+    tokenizer, train_data, _ = gpt.load_data(text, "char")
+    prepared = {rung: prepare(rung, 1e-3, 0, 100, tokenizer.vocab_size) for rung, _ in RUNGS}
+    times = {rung: [] for rung in prepared}
+    for _ in range(rounds):
+        for rung in prepared:
+            start = time.perf_counter()
+            train(prepared[rung], train_data, 10)
+            times[rung].append(1000 * (time.perf_counter() - start) / 10)
+    runs = read(path)
+    for (rung, _, _), row in runs.items():
+        row[2] = f"{statistics.median(times[rung]):.1f}"
+    write(path, runs)
+
+
 def summary(path):
-    """[(rung, learning rate, the losses of the seeds, median of ms per step)]"""
+    """[(rung, learning rate, the losses of the seeds, ms per step)]"""
     runs = read(path)
     rows = []
     for rung, _ in RUNGS:
         rate, _ = best_rate(runs, rung)
-        losses = [runs[rung, rate, seed][0] for seed in SEEDS]
-        milliseconds = [ms for (name, _, _), (_, ms) in runs.items() if name == rung]
-        rows.append((rung, rate, losses, statistics.median(milliseconds)))
+        losses = [runs[rung, rate, seed][1] for seed in SEEDS]
+        rows.append((rung, rate, losses, float(runs[rung, rate, SEEDS[0]][2])))
     return rows
 
 
@@ -145,13 +170,14 @@ def draw(rows, path, steps):
     for y, (_, _, losses, _) in enumerate(rows):
         left.plot(losses, [y] * len(losses), "|", color="black", markersize=12)
         left.text(max(losses) + 0.02, y, f"{means[y]:.3f}", va="center")
-    left.set(xlim=(0, 1.12 * max(means)), xlabel="validation loss (nats per character)",
+    left.set(xlim=(0, 1.12 * max(means)),
+             xlabel="validation loss, nats per character (black lines: the three seeds)",
              title=f"Loss after {steps} steps of 8 x 128 tokens")
     right.barh(labels, [row[3] for row in rows], color="tab:orange")
     for y, row in enumerate(rows):
         right.text(row[3], y, f" {row[3]:.0f}", va="center")
     right.set(xlabel="ms per step, one CPU core", title="Time per step",
-              xlim=(0, 1.2 * max(row[3] for row in rows)))
+              xlim=(0, 1.25 * max(row[3] for row in rows)))
     left.invert_yaxis()
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -168,6 +194,7 @@ def main():
     args = parser.parse_args()
     if not args.draw:
         climb(args.csv, args.steps, args.text)
+        measure_times(args.csv, args.text)
     rows = summary(args.csv)
     print("\n| rung | learning rate | validation loss | seeds | ms per step |")
     print("| --- | --- | --- | --- | --- |")
