@@ -111,6 +111,7 @@ def test_each_schedule_has_its_form():
     assert cosine == pytest.approx([1, 0.853553, 0.5, 0.146447], abs=1e-5)
     assert factor(60, schedule="cosine", warmup_iters=20) == pytest.approx(0.5)
     assert factor(99, schedule="cosine") < 0.001
+    assert factor(100, schedule="cosine", warmup_iters=100) == 1  # no division by zero
 
 
 # ------------------------------------------------------------------------------- one training step
