@@ -450,7 +450,8 @@ document.querySelector('#attention .info').textContent])""")
     assert "position 20" in info and "%" in info
     data = json.loads(re.search(r",D=(\{.*?\});", html_output("attention"), re.S).group(1))
     weights, T = base64.b64decode(data["weights"]), data["T"]
-    row = [weights[20 * 21 // 2 + s] / 255 for s in range(21)]
+    start = data["head"] * T * (T + 1) // 2 + 20 * 21 // 2  # lower triangles, row after row
+    row = [weight / 255 for weight in weights[start : start + 21]]
     assert first[:21] == pytest.approx(row, abs=1e-3) and len(first) == T
 
 
