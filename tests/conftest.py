@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,10 @@ import torch
 import gpt
 
 torch.set_num_threads(1)
+# A shell that runs the tests in the background makes its programs ignore these signals.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(gpt.__file__).resolve().parent
 WORDS = "the cat sat on a mat and ran to her hat\n".split(" ")
 TEXT = " ".join(random.Random(0).choices(WORDS, k=600))  # 2,200 characters

@@ -125,8 +125,8 @@ def test_the_seed(sample):
 
 
 def test_newlines_and_tabs_can_be_typed(sample, monkeypatch):
-    assert sample("--prompt", "", "--seed", 1) == sample("--seed", 1)
-    assert sample().startswith("\n")
+    assert sample().startswith("\n")  # the default prompt, which also stands in for an empty one
+    assert "\n" + sample("--prompt", "", "--seed", 1) == sample("--seed", 1)
     prompts = []
     monkeypatch.setattr(gpt.CharTokenizer, "encode", lambda self, text: prompts.append(text) or [0])
     sample("--prompt", "DABB:\\n\\tYes\n")

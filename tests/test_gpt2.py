@@ -371,7 +371,7 @@ def test_fine_tuning_lowers_the_loss(imported, folder):
                  eval_interval=10, optimizer="adamw", learning_rate=3e-3)
     assert gpt.main(as_flags(flags)) == 0
     history = gpt.load_checkpoint("tuned.pt")[2]["history"]
-    assert history[-1]["val_loss"] < history[0]["val_loss"] - 1
+    assert history[-1]["val_loss"] < history[0]["val_loss"] - 0.5
 
 
 def test_names_of_gpt2_are_answered_with_the_command(folder, capsys):
