@@ -136,7 +136,8 @@ class Head(nn.Module):
     1706.03762). --attention explicit runs this code, else a faster kernel computes the same."""
     def forward(self, q, k, v):
         """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
-        T, S, hs = q.size(-2), k.size(-2), q.size(-1)  # S > T if a cache has the positions before
+        T, hs = q.shape[-2:]
+        S = k.size(-2)  # more than T if a cache has the positions before
         # The dot product of two vectors of hs numbers with variance 1 has variance hs; divided by
         # sqrt(hs) it has 1. With larger scores softmax picks one position: its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
@@ -343,18 +344,20 @@ def generate_tokens(model, tokens, config):
     was_training = model.training
     model.eval()  # no dropout
     tokens = unread = tokens[:, -block_size:]  # the prompt, or as much of its end as fits
-    for _ in range(config.max_new_tokens):
-        logits, _ = model(unread, cache=cache)  # (B, t) -> (B, t, V)
-        logits = logits[:, -1].float()  # (B, V): what follows the last token
-        logits = penalize_repetition(logits, tokens, config.repetition_penalty)
-        probs = probabilities(logits, config.temperature, config.top_k, config.top_p)
-        unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
-        tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
-        yield unread
-        if cache.length == block_size:  # The cache is full: forget it, reread half of the context.
-            cache.length = 0
-            unread = tokens[:, -max(1, block_size // 2) :]
-    model.train(was_training)
+    try:
+        for _ in range(config.max_new_tokens):
+            logits, _ = model(unread, cache=cache)  # (B, t) -> (B, t, V)
+            logits = logits[:, -1].float()  # (B, V): what follows the last token
+            logits = penalize_repetition(logits, tokens, config.repetition_penalty)
+            probs = probabilities(logits, config.temperature, config.top_k, config.top_p)
+            unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
+            tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
+            yield unread
+            if cache.length == block_size:  # full: forget it, reread half of the context
+                cache.length = 0
+                unread = tokens[:, -max(1, block_size // 2) :]
+    finally:
+        model.train(was_training)
 
 
 # ------------------------------------------------------------------------------------ 5. training
@@ -566,19 +569,16 @@ def train(**flags):
     ckpt = Path(flags.get("ckpt", TrainConfig.ckpt)).expanduser()
     check(ckpt.suffix == ".pt", f"--ckpt {ckpt} must end in .pt.")
     latest = ckpt.with_suffix(".resume.pt")
-    old_model, tokenizer, saved = None, None, {}
-    if flags.get("resume"):
-        old_model, tokenizer, saved = load_checkpoint(latest)
-    elif flags.get("init_from"):
-        old_model, tokenizer, _ = load_checkpoint(flags["init_from"])
+    start = latest if flags.get("resume") else flags.get("init_from")
+    old_model, tokenizer, saved = load_checkpoint(start) if start else (None, None, {})
+    saved = saved if flags.get("resume") else {}  # --init_from takes only the model
     for file in [ckpt.with_suffix(end) for end in (".pt", ".resume.pt", ".csv", ".png")]:
         check(saved or not file.exists(), f"{file} exists already. Continue its run with --resume, "
               "choose another --ckpt, or move the file away.")
     known = saved.get("train_config", asdict(old_model.config) if old_model else {})
     config = configure(flags, known, resuming=bool(saved))
     device, precision = choose_device(config.device, config.precision)
-    tokenizer = tokenizer or config.tokenizer
-    tokenizer, train_data, val_data = load_data(config.data, tokenizer, device)
+    tokenizer, train_data, val_data = load_data(config.data, tokenizer or config.tokenizer, device)
     check(len(val_data) > config.block_size, f"{config.data} is too short: lower --block_size.")
     ckpt.parent.mkdir(parents=True, exist_ok=True)
     check(os.access(ckpt.parent, os.W_OK), f"No file can be written in {ckpt.parent}.")

@@ -126,6 +126,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" would ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as temporary:
         cases, failures = sweep(Path(temporary), options.minutes, options.seed)
     for (name, where), count in sorted(cases.items()):
