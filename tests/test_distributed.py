@@ -123,8 +123,8 @@ def test_one_process_prints_and_writes(two):
     assert out.count("Stopped after") == 1 and out.count("To generate text") == 2
     files = {f"{run}{end}" for run in ("adamw", "muon")
              for end in (".pt", ".resume.pt", ".csv", ".png")}
-    assert {path.name for path in folder.iterdir()} == {
-        *files, "text.txt", "start.pt", "program.py"}
+    found = {path.name for path in folder.iterdir() if not path.name.startswith("store")}
+    assert found == {*files, "text.txt", "start.pt", "program.py"}  # PyTorch removes its stores
 
 
 def test_sigterm_to_torchrun_saves_the_run(folder):
