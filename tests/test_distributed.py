@@ -1,7 +1,6 @@
 """torchrun: two processes train as one process with twice the batch. On the CPU, with gloo."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -61,12 +60,25 @@ def prepare(folder):
     return folder
 
 
-def torchrun(folder, *words):
-    """Start two processes of a program in a folder."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+def torchrun(folder, *words, until=None):
+    """Run two processes of a program in a folder, up to SIGTERM when the file `until` exists.
+
+    Returns the exit code, stdout and stderr. Whatever happens, no process is left.
+    """
+    process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         *words], cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+         *words], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 100
+        while until and not (folder / until).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if until:
+            process.terminate()
+        out, err = process.communicate(timeout=100)
+    finally:
+        process.terminate()  # torchrun ends its processes
+    return process.returncode, out, err
 
 
 def stored(path):
@@ -78,9 +90,8 @@ def two(tmp_path_factory):
     """The folder of the runs of PROGRAM by two processes, and what they printed."""
     folder = prepare(tmp_path_factory.mktemp("two"))
     (folder / "program.py").write_text(PROGRAM.format(adamw=ADAMW, muon=MUON))
-    process = torchrun(folder, "program.py")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
+    code, out, err = torchrun(folder, "program.py")
+    assert code == 0, err
     return folder, out
 
 
@@ -131,16 +142,8 @@ def test_sigterm_to_torchrun_saves_the_run(folder):
     """It passes the signal on to its processes. One process can continue the run."""
     prepare(folder)
     flags = [f"--{k}={v}" for k, v in (ADAMW | dict(max_iters=10**6, batch_size=2)).items()]
-    process = torchrun(folder, str(ROOT / "gpt.py"), "--train", *flags)
-    try:
-        deadline = time.monotonic() + 120
-        while not Path("adamw.csv").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode != 0 and out.count("--resume") == 1, err
+    code, out, err = torchrun(folder, str(ROOT / "gpt.py"), "--train", *flags, until="adamw.csv")
+    assert code != 0 and out.count("--resume") == 1, err
     done = stored("adamw.resume.pt")["iteration"]
     assert f"Stopped after {done:,} steps" in out
     gpt.train(ckpt="adamw.pt", resume=True, max_iters=done + 2)
