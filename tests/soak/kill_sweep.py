@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import gpt  # noqa: E402
 
-INTERVAL = 4
-RUN = dict(preset="cpu", n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=40,
+STEPS, INTERVAL = 24, 6
+RUN = dict(preset="cpu", n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4, max_iters=STEPS,
            eval_interval=INTERVAL, dropout=0.1, device="cpu", precision="fp32", data="text.txt",
            ckpt="run.pt")
 
@@ -70,7 +70,8 @@ def interrupt(folder, number, seconds):
     os.kill(child, number)
     code = finish(child)
     for path in folder.glob("run*.pt"):
-        gpt.load_checkpoint(path)  # at any moment a file is whole
+        with contextlib.redirect_stderr(None):
+            gpt.load_checkpoint(path)  # at any moment a file is whole
     saved, log = folder / "run.resume.pt", (folder / "log.txt").read_text()
     step = stored(saved)["iteration"] if saved.exists() else None
     if code not in (0, -number, 128 + number):
@@ -111,7 +112,7 @@ def sweep(folder, minutes, seed):
         if not wrong:
             found = [stored(killed / name) for name in ("run.pt", "run.resume.pt")]
             wrong = "" if equal(found, expected) else "the end differs from the whole run's"
-        where = ("nothing" if step is None else "at the end" if step == 40 else
+        where = ("nothing" if step is None else "at the end" if step == STEPS else
                  "between evaluations" if step % INTERVAL else "at an evaluation")
         cases[name, where] += 1
         if wrong:
