@@ -23,8 +23,8 @@ import gpt  # noqa: E402
 
 STEPS, INTERVAL = 24, 6
 RUN = dict(preset="cpu", n_layer=1, n_head=2, n_embd=16, block_size=8, batch_size=4,
-           max_iters=STEPS, eval_interval=INTERVAL, dropout=0.1, device="cpu", precision="fp32", data="text.txt",
-           ckpt="run.pt")
+           max_iters=STEPS, eval_interval=INTERVAL, dropout=0.1, device="cpu",
+           precision="fp32", data="text.txt", ckpt="run.pt")
 
 
 def start(folder, **flags):
