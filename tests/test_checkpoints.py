@@ -159,8 +159,9 @@ def test_resume_with_another_precision(at_step, before, after):
 @pytest.mark.parametrize("flags", [
     dict(n_layer=2), dict(n_embd=32), dict(n_head=4), dict(block_size=8), dict(bias=True),
     dict(positions="learned"), dict(tie_weights=True), dict(activation="gelu"),
-    dict(qk_norm=False)])
-def test_resume_refuses_another_architecture_and_touches_nothing(folder, flags):
+    dict(qk_norm=False), dict(optimizer="adamw")])
+def test_resume_refuses_another_architecture_or_optimizer(folder, flags):
+    """Also: it touches no file."""
     gpt.train(**RUN | dict(max_iters=0))
     before = {path: path.read_bytes() for path in folder.iterdir()}
     name, value = list(flags.items())[0]
