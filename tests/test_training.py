@@ -149,7 +149,7 @@ def test_the_run_shows_its_losses_and_samples(capsys):
     model, tokenizer, _ = gpt.load_checkpoint("run.resume.pt")
     _, data, _ = gpt.load_data("text.txt", tokenizer)
     text = tokenizer.decode(model.generate(data[:1], 100, seed=1)[0])
-    assert text.strip().splitlines()[-1] in out
+    assert text.strip() in out
     assert "--sample --ckpt run.pt" in out
 
 
