@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import io
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import matplotlib.figure  # noqa: F401  (imported once, here, and not in every child)
 import torch
+import torch._dynamo  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -70,7 +72,7 @@ def interrupt(folder, number, seconds):
     os.kill(child, number)
     code = finish(child)
     for path in folder.glob("run*.pt"):
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             gpt.load_checkpoint(path)  # at any moment a file is whole
     saved, log = folder / "run.resume.pt", (folder / "log.txt").read_text()
     step = stored(saved)["iteration"] if saved.exists() else None
