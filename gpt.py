@@ -46,11 +46,11 @@ def option(default, help, *choices):
 
 @dataclass
 class GPTConfig:
-    """The architecture (section 3 explains the words). Presets, in section 5, change the sizes."""
-    n_layer: int = option(6, "number of blocks")
-    n_head: int = option(6, "attention heads in each block")
-    n_embd: int = option(384, "channels at each position")
-    block_size: int = option(256, "context length: the most tokens that the model looks at")
+    """The architecture (section 3 explains the words), by default one that a laptop can train."""
+    n_layer: int = option(3, "number of blocks")
+    n_head: int = option(4, "attention heads in each block")
+    n_embd: int = option(128, "channels at each position")
+    block_size: int = option(128, "context length: the most tokens that the model looks at")
     dropout: float = option(0.0, "fraction of activations set to zero during training")
     bias: bool = option(False, "biases in linear layers and LayerNorms, as in GPT-2")
     tie_weights: bool = option(False, "token embedding and output layer share one matrix")
@@ -87,9 +87,8 @@ class BPETokenizer:
         try:
             self.encoding = tiktoken.get_encoding("gpt2")  # downloads its tables the first time
         except Exception as error:
-            raise UserError("tiktoken cannot download GPT-2's tables. Set TIKTOKEN_CACHE_DIR to a "
-                "folder with vocab.bpe, named 6d1cbeee0f20b3d9449abfede4726ed8212e3aee, and "
-                "encoder.json, named 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6.") from error
+            raise UserError("tiktoken cannot download GPT-2's tables. notes/gpt2_guide.md says "
+                            "which files to put where instead.") from error
         self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
@@ -361,26 +360,28 @@ def generate_tokens(model, tokens, config):
 
 
 # ------------------------------------------------------------------------------------ 5. training
-PRESETS = {  # README.md says how long each takes and which loss it reaches
-    "cpu": dict(n_layer=3, n_head=4, n_embd=128, block_size=128, batch_size=8, max_iters=1500),
-    "laptop": dict(n_head=4, n_embd=256, dropout=0.1, max_iters=3400, weight_decay=2.0),
-    "gpu": dict(dropout=0.1, max_iters=3400, weight_decay=2.0),
-    "lecture": dict(positions="learned", activation="relu", qk_norm=False, bias=True, dropout=0.2,
-                    optimizer="adamw", learning_rate=3e-4, schedule="constant", batch_size=64,
-                    max_iters=5000, eval_interval=500)}
+LARGER = dict(n_layer=6, block_size=256, batch_size=16, max_iters=3400, dropout=0.1,
+              weight_decay=2.0)  # strong: the model could memorise a text of a million characters
+PRESETS = {  # what differs from the defaults; README.md says how long each takes, to which loss
+    "cpu": dict(),
+    "laptop": LARGER | dict(n_embd=256),
+    "gpu": LARGER | dict(n_head=6, n_embd=384),
+    "lecture": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, positions="learned",
+                    activation="relu", qk_norm=False, bias=True, dropout=0.2, optimizer="adamw",
+                    learning_rate=3e-4, schedule="constant", batch_size=64, max_iters=5000)}
 PRESETS["auto"] = PRESETS["gpu" if torch.accelerator.is_available() else "cpu"]
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """The architecture and how to train it. A preset replaces many of these defaults."""
+    """The architecture and how to train it. The defaults are the preset cpu."""
     data: str = option("", "text file (UTF-8) or 'shakespeare'; if empty, input.txt next to gpt.py")
     ckpt: str = option("gpt_checkpoint.pt", "where to save the best model")
     preset: str = option("auto", "size and recipe; auto: gpu if there is one, else cpu", *PRESETS)
     resume: bool = option(False, "continue the interrupted run of --ckpt")
     init_from: str = option("", "start from this checkpoint, to fine-tune it")
     tokenizer: str = option("char", "what a token is", "char", "gpt2")
-    max_iters: int = option(2000, "number of optimizer steps")
-    batch_size: int = option(16, "sequences in one forward pass of one process")
+    max_iters: int = option(1500, "number of optimizer steps")
+    batch_size: int = option(8, "sequences in one forward pass of one process")
     gradient_accumulation_steps: int = option(1, "forward passes in one optimizer step")
     optimizer: str = option("muon", "Muon with AdamW, or AdamW alone", "muon", "adamw")
     learning_rate: float = option(4e-3, "the highest learning rate")
@@ -393,9 +394,8 @@ class TrainConfig(GPTConfig):
     precision: str = option("auto", "number format of products", "auto", "fp32", "bf16", "fp16")
     compile: bool = option(False, "torch.compile: starts slowly, then is faster on a GPU")
 
-TORCHRUN = dist.is_torchelastic_launched()  # it starts WORLD processes, one for each GPU
-RANK = int(os.environ["RANK"]) if TORCHRUN else 0  # the number of this process
-WORLD = int(os.environ["WORLD_SIZE"]) if TORCHRUN else 1
+WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # processes
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # the number of this one: 0 prints and saves
 
 def say(text):
     """Print a line above the progress bar, from the first process only."""

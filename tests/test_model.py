@@ -37,8 +37,8 @@ def count(model):
 
 # ------------------------------------------------------------------------------------------- sizes
 @pytest.mark.parametrize("config, expected", [
-    (GPTConfig(), 6 * 12 * 384**2 + 13 * 384 + 2 * 65 * 384),
-    (GPTConfig(positions="learned", bias=True),
+    (GPTConfig(), 3 * 12 * 128**2 + 7 * 128 + 2 * 65 * 128),
+    (GPTConfig(n_layer=6, n_head=6, n_embd=384, block_size=256, positions="learned", bias=True),
      6 * 12 * 384**2 + 6 * 9 * 384 + 26 * 384 + 256 * 384 + 2 * 65 * 384),
     (GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, bias=True,
                positions="learned", tie_weights=True), 124_439_808),  # GPT-2
