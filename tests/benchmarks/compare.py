@@ -60,11 +60,11 @@ def make_nanogpt(folder, size, dropout=0.0):
         return module.GPT(module.GPTConfig(**size, dropout=dropout, bias=False))
 
 
-def as_ours(nanogpt, size, dropout=0.0):
-    """nanoGPT's weights in our model."""
+def as_ours(weights, size, dropout=0.0):
+    """nanoGPT's weights, a state dict, in our model."""
     model = gpt.GPTLanguageModel(gpt.GPTConfig(**size, **NANOGPT_PARTS, dropout=dropout))
     state = {}
-    for name, tensor in nanogpt.state_dict().items():
+    for name, tensor in weights.items():
         for theirs, ours in OUR_NAMES.items():
             name = name.replace(theirs, ours)
         state[name] = tensor
@@ -96,7 +96,7 @@ def losses_of(side, nanogpt, text, size, steps=50):
     if side == "nanogpt":
         optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")]
     else:
-        model = as_ours(model, size)
+        model = as_ours(model.state_dict(), size)
         config = gpt.TrainConfig(optimizer="adamw", weight_decay=0.1)
         optimizers = gpt.make_optimizers(model, config)
         optimizers[0].param_groups[0]["lr"] = optimizers[0].param_groups[1]["lr"] = 1e-3
@@ -151,11 +151,11 @@ def training_speed(side, nanogpt, dropout, precision):
             group["lr"] = 1e-3
     x, y = torch.randint(65, (2, 16, 256))
     seconds = []
-    for _ in range(5):
+    for _ in range(4):
         start = time.perf_counter()
         training_step(model, optimizers, x, y, precision)
         seconds.append(time.perf_counter() - start)
-    return x.numel() / statistics.median(seconds[1:])
+    return x.numel() / statistics.median(seconds[1:])  # the first step is slower
 
 
 def training(args):
@@ -169,10 +169,10 @@ def training(args):
 
 
 @torch.no_grad()
-def generation_speed(side, nanogpt, new_tokens=200):
-    """Tokens per second of one sequence, from a prompt of 56 tokens; the context is 256."""
+def generation_speed(side, nanogpt, prompt_length, new_tokens):
+    """Tokens per second of one sequence, or of 16 at once. The context is 256."""
     reference = model = make_nanogpt(nanogpt, SIZE).eval()
-    prompt = torch.randint(65, (1, 56))
+    prompt = torch.randint(65, (16 if side == "ours, 16 at once" else 1, prompt_length))
     options = {}
     if side == "transformers":
         model = as_transformers(reference, SIZE).eval()
@@ -184,25 +184,28 @@ def generation_speed(side, nanogpt, new_tokens=200):
         model = gpt.GPTLanguageModel(gpt.GPTConfig(**SIZE, **parts)).eval()
         options = dict(temperature=1.0, top_p=1.0)
     if side == "same":
-        model = as_ours(reference, SIZE).eval()
+        model = as_ours(reference.state_dict(), SIZE).eval()
         difference = model(prompt)[0][:, -1:] - reference(prompt)[0]
     if side in ("same", "transformers"):  # the same weights give the same logits
         assert difference.abs().max() < 1e-3, difference.abs().max()
     model.generate(prompt, max_new_tokens=5, **options)  # the first tokens are slower
     start = time.perf_counter()
     ids = model.generate(prompt, max_new_tokens=new_tokens, **options)
-    assert ids.shape == (1, 56 + new_tokens)
-    return new_tokens / (time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    assert ids.shape == (len(prompt), prompt_length + new_tokens)
+    return len(prompt) * new_tokens / seconds
 
 
 def generation(args):
     print("generation within the context (56 + 200 tokens): tokens per second")
-    sides = ("nanogpt", "transformers", "same", "ours")
-    speeds = in_turn(args.rounds, generation_speed, sides, args.nanogpt)
-    print_ratios(speeds, [(ours, peer) for ours in sides[2:] for peer in sides[:2]])
-    print("generation past the context (56 + 1,000 tokens): tokens per second")
-    speeds = in_turn(args.rounds, generation_speed, ("nanogpt", "same"), args.nanogpt, 1000)
-    print_ratios(speeds, [("same", "nanogpt")])
+    sides = ("nanogpt", "transformers", "same", "ours", "ours, 16 at once")
+    speeds = in_turn(args.rounds, generation_speed, sides, args.nanogpt, 56, 200)
+    pairs = [(ours, peer) for ours in sides[2:4] for peer in sides[:2]]
+    print_ratios(speeds, [*pairs, ("ours, 16 at once", "ours")])
+    print("generation past the context (256 + 384 tokens): tokens per second")
+    speeds = in_turn(args.rounds, generation_speed, ("nanogpt", "same", "ours"), args.nanogpt,
+                     256, 384)
+    print_ratios(speeds, [("same", "nanogpt"), ("ours", "nanogpt")])
 
 
 # ------------------------------------------------------------------------- an earlier version
