@@ -18,6 +18,7 @@ follows an evaluation counts as long as the median step, because the evaluation 
 """
 import argparse
 import csv
+import io
 import itertools
 import os
 import re
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -61,23 +63,21 @@ def train_nanogpt(folder, options, text, steps, interval):
                                        eval_interval=interval)
     flags = [f"--{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-W", "ignore", "-u", "train.py", "config/train_shakespeare_char.py"]
-    step_seconds, saved = [], []
+    step_seconds, evaluated = [], range(interval, steps + 1, interval)
     with subprocess.Popen([*command, *flags], cwd=folder, stdout=subprocess.PIPE,
                           text=True) as process:
         for line in process.stdout:
             step = re.match(r"iter (\d+): loss .*, time ([\d.]+)ms", line)
             if step:
                 step_seconds.append(float(step[2]) / 1000)
-            if step and int(step[1]) > 0 and int(step[1]) % interval == 0:
-                saved.append(int(step[1]))  # this line follows the saving: keep it from the next
-                os.replace(f"{folder}/out/ckpt.pt", f"{folder}/out/{step[1]}.pt")
+                if int(step[1]) in evaluated:  # it has just saved
+                    os.replace(f"{folder}/out/ckpt.pt", f"{folder}/out/{step[1]}.pt")
     assert process.returncode == 0, "nanoGPT's train.py has failed"
     seconds = clock(step_seconds, interval)
     _, _, val_data = gpt.load_data(text, "char")
     rows, exact_gelu = [], F.gelu  # our GELU is the tanh approximation
-    for step in saved:
+    for step in evaluated:
         checkpoint = torch.load(f"{folder}/out/{step}.pt")
-        assert checkpoint["iter_num"] == step
         size = {name: checkpoint["model_args"][name]
                 for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
         model = as_ours(checkpoint["model"], size)
@@ -96,9 +96,9 @@ def train_ours(folder, options, text, steps, interval):
         loss = training_step(*args)
         ends.append(time.perf_counter())
         return loss
-    with mock.patch.object(gpt, "training_step", timed_step), open(os.devnull, "w") as sys.stdout:
-        sys.stderr = sys.stdout  # of this process, which ends with this function
-        model, _ = gpt.train(**options, ckpt=str(ckpt))
+    with mock.patch.object(gpt, "training_step", timed_step), redirect_stdout(io.StringIO()) as log:
+        with redirect_stderr(log):
+            model, _ = gpt.train(**options, ckpt=str(ckpt))
     seconds = clock([b - a for a, b in itertools.pairwise(ends)], interval)
     with open(ckpt.with_suffix(".csv"), encoding="utf-8", newline="") as file:
         rows = [(int(row["iteration"]), float(row["val_loss"])) for row in csv.DictReader(file)]
@@ -107,7 +107,7 @@ def train_ours(folder, options, text, steps, interval):
 
 
 def measure(args, folder):
-    """Train both sides at each size. Returns the rows of the CSV, without their header."""
+    """Train both sides at each size and write the CSV."""
     shutil.copytree(args.nanogpt, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git"))
     data = Path(folder) / "data/shakespeare_char"
     shutil.copy(args.text, data / "input.txt")
@@ -127,7 +127,8 @@ def measure(args, folder):
                       f"validation loss {loss:.4f}", flush=True)
                 table.append([side, version, *[(recipe | size)[name] for name in COLUMNS[2:6]],
                               parameters, step, f"{seconds:.1f}", f"{loss:.4f}"])
-    return table
+    with open(args.csv, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
 
 
 def curves(path):
@@ -147,21 +148,24 @@ def draw(lines, path):
     from matplotlib.patheffects import withStroke
 
     axes = Figure(figsize=(7.5, 4.5), layout="constrained").subplots()
+    text = dict(textcoords="offset points", va="center", weight="bold",
+                path_effects=[withStroke(linewidth=3, foreground="white")])
     for side, colour in COLOURS.items():
         for parameters, seconds, losses in lines[side]:
             axes.plot(seconds, losses, ".-", color=colour, markersize=4)
             axes.plot(seconds[-1], losses[-1], "o", color=colour)
-            axes.annotate(f"{side} {parameters / 1e6:.2f}M\n{losses[-1]:.2f}",
-                          (seconds[-1], losses[-1]), (7, 0), textcoords="offset points",
-                          color=colour, va="center", fontsize=9,
-                          path_effects=[withStroke(linewidth=3, foreground="white")])
-    times = [time for sizes in lines.values() for _, seconds, _ in sizes for time in seconds]
+            axes.annotate(f"{parameters / 1e6:.2f}M: {losses[-1]:.2f}", (seconds[-1], losses[-1]),
+                          (7, 2), color=colour, fontsize=8, **text)
+        _, seconds, losses = lines[side][0]
+        axes.annotate(side, (seconds[0], losses[0]), (0, 10), color=colour, fontsize=12, **text)
+    ends = [seconds[i] for sizes in lines.values() for _, seconds, _ in sizes for i in (0, -1)]
     axes.set(xscale="log", xlabel="seconds of training", ylabel="validation loss",
-             title="Tiny Shakespeare: validation loss against training time")
+             title="Tiny Shakespeare, three sizes each; numbers: parameters and final loss")
+    axes.margins(y=0.1)
     ticks = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
     axes.set_xticks(ticks, ticks)
     axes.minorticks_off()
-    axes.set_xlim(min(times) / 1.2, max(times) * 1.8)  # the labels are to the right of the lines
+    axes.set_xlim(min(ends) / 1.2, max(ends) * 1.8)  # room for the labels on the right
     axes.spines[["top", "right"]].set_visible(False)
     axes.figure.savefig(path, dpi=120)
 
@@ -179,9 +183,7 @@ def main():
     if not args.draw:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of all processes that follow
         with tempfile.TemporaryDirectory() as folder:
-            table = measure(args, folder)
-        with open(args.csv, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
+            measure(args, folder)
     lines = curves(args.csv)
     for (n, seconds, losses), (m, our_seconds, our_losses) in zip(*lines.values(), strict=True):
         print(f"nanoGPT {n:,} parameters: {losses[-1]:.4f} after {seconds[-1]:.0f} s; "
