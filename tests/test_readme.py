@@ -57,6 +57,7 @@ def test_the_commands_run(arguments, offline):
     if any(flag in line for flag in [*NEEDS_NETWORK, "gpt2.pt", "--compile"]):
         return
     (offline / "my.txt").write_text(TEXT, encoding="utf-8")
+    (offline / "checkpoints").symlink_to(ROOT / "checkpoints")
     small = ["--max_new_tokens", "3"]
     if "--train" in arguments:
         small = ["--max_iters", "1", "--device", "cpu"]
