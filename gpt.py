@@ -7,7 +7,7 @@
     token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> LayerNorm -> logits (B, T, V)
     Block:  x --+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 +---------------------------------------+   +---------------------------------+
-Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd) at a position, nh
+Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd numbers) at each, nh
 heads of hs = C / nh channels, V tokens in the vocabulary. Read sections 2 and 3 and training_step
 first; the rest is generating text and a reliable program. GPT-2's weights: see notes/gpt2.py.
 """
@@ -46,7 +46,7 @@ def option(default, help, *choices):
 
 @dataclass
 class GPTConfig:
-    """The architecture (section 3 explains the words), by default one that a laptop can train."""
+    """The architecture; section 3 explains the words. The defaults are the preset cpu."""
     n_layer: int = option(3, "number of blocks")
     n_head: int = option(4, "attention heads in each block")
     n_embd: int = option(128, "channels at each position")
@@ -97,8 +97,7 @@ class BPETokenizer:
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
 
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare"
-               "/input.txt")
+SHAKESPEARE = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def load_data(name, tokenizer, device="cpu"):
@@ -141,7 +140,7 @@ class Head(nn.Module):
         # sqrt(hs) it has 1. With larger scores softmax picks one position: its gradient vanishes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
-        # copy it, and has nothing to copy when it generates. Row i is True from i + 1 + S - T on.
+        # copy it, and has nothing to copy when it generates. Row i is the query at S - T + i.
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)  # (T, S)
         scores = scores.masked_fill(future, float("-inf"))
         weights = F.softmax(scores, dim=-1)  # exp(score) / sum of the row: exp(-inf) is 0
@@ -149,14 +148,14 @@ class Head(nn.Module):
 
 def rotary_angles(positions, hs, dtype):
     """Rotary positions (RoFormer, arXiv 2104.09864): (T,) -> cosines and sines, (T, hs/2) each."""
-    # Radians for each position: 1 for the first pair of channels, almost 1/10000 for the last.
+    # Each pair of channels rotates at its own speed, from 1 radian a position to almost 1/10000.
     speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs/2,)
     angles = positions[:, None] * speeds  # (T, 1) * (hs/2,) -> (T, hs/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 def rotate(x, cos, sin):
-    """Rotate pairs of channels of x (..., T, hs) by the angles of their position. With q at 5 and k
-    at 3, the dot product is as if q alone were rotated, to 2. Else attention knows no order."""
+    """Rotate each pair of channels of x (..., T, hs) by its angle. The dot product of q and k then
+    depends on how far apart they are. Without positions attention does not know any order."""
     a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
 
@@ -175,8 +174,8 @@ class MultiHeadAttention(nn.Module):
         """x (B, T, C) -> (B, T, C). A list `maps` collects the attention weights, (B, nh, T, S)."""
         B, T, C = x.shape
         nh = self.config.n_head
-        qkv = self.qkv(x).view(B, T, 3, nh, C // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # three tensors (B, nh, T, hs): all heads at once
+        qkv = self.qkv(x).chunk(3, dim=-1)  # (B, T, 3C) -> three tensors (B, T, C)
+        q, k, v = [t.view(B, T, nh, C // nh).transpose(1, 2) for t in qkv]  # (B, nh, T, hs) each
         if self.config.qk_norm:  # mean 0, variance 1: long vectors cannot make the scores explode
             q = F.layer_norm(q, q.shape[-1:])
             k = F.layer_norm(k, k.shape[-1:])
@@ -345,14 +344,14 @@ def generate_tokens(model, tokens, config):
     tokens = unread = tokens[:, -block_size:]  # the prompt, or as much of its end as fits
     try:
         for _ in range(config.max_new_tokens):
-            logits, _ = model(unread, cache=cache)  # (B, t) -> (B, t, V)
+            logits, _ = model(unread, cache=cache)  # (B, T), later (B, 1) -> (B, T, V)
             logits = logits[:, -1].float()  # (B, V): what follows the last token
             logits = penalize_repetition(logits, tokens, config.repetition_penalty)
             probs = probabilities(logits, config.temperature, config.top_k, config.top_p)
             unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
             tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
             yield unread
-            if cache.length == block_size:  # full: forget it, reread half of the context
+            if cache.length == block_size:  # full: forget it, reread the last half from position 0
                 cache.length = 0
                 unread = tokens[:, -max(1, block_size // 2) :]
     finally:
@@ -360,15 +359,14 @@ def generate_tokens(model, tokens, config):
 
 
 # ------------------------------------------------------------------------------------ 5. training
-LARGER = dict(n_layer=6, block_size=256, batch_size=16, max_iters=3400, dropout=0.1,
-              weight_decay=2.0)  # strong: the model could memorise a text of a million characters
+LARGER = dict(n_layer=6, block_size=256, batch_size=16, max_iters=3400)
 PRESETS = {  # what differs from the defaults; README.md says how long each takes, to which loss
     "cpu": dict(),
-    "laptop": LARGER | dict(n_embd=256),
-    "gpu": LARGER | dict(n_head=6, n_embd=384),
-    "lecture": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, positions="learned",
-                    activation="relu", qk_norm=False, bias=True, dropout=0.2, optimizer="adamw",
-                    learning_rate=3e-4, schedule="constant", batch_size=64, max_iters=5000)}
+    "laptop": LARGER | dict(n_embd=256, dropout=0.1, weight_decay=2.0),  # against memorising
+    "gpu": LARGER | dict(n_head=6, n_embd=384, dropout=0.1, weight_decay=2.0),
+    "lecture": LARGER | dict(n_head=6, n_embd=384, dropout=0.2, bias=True, positions="learned",
+                             activation="relu", qk_norm=False, batch_size=64, max_iters=5000,
+                             optimizer="adamw", learning_rate=3e-4, schedule="constant")}
 PRESETS["auto"] = PRESETS["gpu" if torch.accelerator.is_available() else "cpu"]
 
 @dataclass
@@ -404,8 +402,8 @@ def say(text):
             tqdm.write(text)
 
 class Muon(torch.optim.Optimizer):
-    """Gradient descent with momentum and an orthogonalised update: a raw gradient is dominated by a
-    few directions, Muon's step is equally long in all (see kellerjordan.github.io/posts/muon)."""
+    """Momentum, then a step that is equally long in all directions: a raw gradient has a few strong
+    ones (kellerjordan.github.io/posts/muon). You may skip this: it does the work of AdamW."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -493,7 +491,7 @@ def choose_device(name, precision):
         device = torch.zeros(1, device=name).device
     except Exception as error:
         raise UserError(f"--device {name} is not available, --device cpu is: {error}") from error
-    if precision == "auto" and device.type == "cuda":  # a T4 has compute capability 7.5: no bf16
+    if precision == "auto" and device.type == "cuda":  # Colab's T4 has 7.5: no bf16
         precision = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     return device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
@@ -535,11 +533,12 @@ def configure(flags, known, resuming):
     return TrainConfig(**(preset | known | flags))
 
 def training_step(step, model, optimizers, scaler, data, config, precision):
-    """Set the learning rate, compute the gradients, update. Returns the last pass's loss, ()."""
+    """One optimizer step. Returns the loss of the last forward pass. Without the options it is:
+    loss = model(x, y)[1]; loss.backward(); optimizer.step(); optimizer.zero_grad()"""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * learning_rate_factor(step, config)
-    # A seed for each step: a resumed run (and each process) draws the same starts.
+    # A seed for each step: a resumed run draws the same starts. Each process uses its row of them.
     torch.manual_seed(config.seed + 1_000_003 * step)
     T, passes = config.block_size, config.gradient_accumulation_steps
     starts = torch.randint(len(data) - T, (passes, WORLD, config.batch_size), device=data.device)
@@ -548,13 +547,13 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
         with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
             _, loss = model(x, y)  # forward
         part = loss / passes  # backward adds up gradients: this makes the sum a mean
-        scaler.scale(part).backward()  # backward: part.backward(); in fp16 of a larger part
+        scaler.scale(part).backward()  # backward; in fp16 scaled up, as small gradients would be 0
     if WORLD > 1:  # each process has the gradients of its part: take the mean
         for p in model.parameters():
             dist.all_reduce(p.grad)  # the sum over the processes
             p.grad /= WORLD
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)  # divides the gradients again
+        scaler.unscale_(optimizer)  # the gradients as they were before scaling
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one bad batch cannot do much harm
     for optimizer in optimizers:
         if precision != torch.float16 or norm.isfinite():  # in fp16 a gradient can overflow
@@ -593,7 +592,7 @@ def train(**flags):
     for part, state in zip([*optimizers, scaler], saved.get("states", []), strict=False):
         if state and part.state_dict():  # a scaler that is not in use has no state
             part.load_state_dict(state)
-    if WORLD > 1:  # only now: a group older than the first optimizer can crash Python at its exit
+    if WORLD > 1:  # after the optimizers: made before them, the group can crash Python at its exit
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     network = torch.compile(model) if config.compile else model  # the same weights, for training
     tokens = config.block_size * config.batch_size * config.gradient_accumulation_steps * WORLD
