@@ -60,6 +60,11 @@ def make_nanogpt(folder, size, dropout=0.0):
         return module.GPT(module.GPTConfig(**size, dropout=dropout, bias=False))
 
 
+def nanogpt_optimizers(model):
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its number of parameters
+        return [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")]
+
+
 def as_ours(weights, size, dropout=0.0):
     """nanoGPT's weights, a state dict, in our model."""
     model = gpt.GPTLanguageModel(gpt.GPTConfig(**size, **NANOGPT_PARTS, dropout=dropout))
@@ -94,7 +99,7 @@ def losses_of(side, nanogpt, text, size, steps=50):
     _, data, _ = gpt.load_data(text, "char")
     model = make_nanogpt(nanogpt, size)
     if side == "nanogpt":
-        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")]
+        optimizers = nanogpt_optimizers(model)
     else:
         model = as_ours(model.state_dict(), size)
         config = gpt.TrainConfig(optimizer="adamw", weight_decay=0.1)
@@ -141,7 +146,7 @@ def training_speed(side, nanogpt, dropout, precision):
     architecture, AdamW. 'ours, Muon': what the presets train."""
     if side == "nanogpt":
         model = make_nanogpt(nanogpt, SIZE, dropout)
-        optimizers = [model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")]
+        optimizers = nanogpt_optimizers(model)
     else:
         parts = NANOGPT_PARTS if side == "same" else {}
         model = gpt.GPTLanguageModel(gpt.GPTConfig(**SIZE, **parts, dropout=dropout))
