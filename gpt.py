@@ -57,7 +57,7 @@ class GPTConfig:
     positions: str = option("rotary", "how the order of tokens is encoded", "rotary", "learned")
     qk_norm: bool = option(True, "normalise queries and keys")
     activation: str = option("relu2", "nonlinearity of FeedForward", "gelu", "relu", "relu2")
-    attention: str = option("fused", "PyTorch's fast kernel, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fast code, or Head", "fused", "explicit")
     vocab_size: int = 65  # no flag: the tokenizer sets it
 
 
@@ -123,15 +123,16 @@ def get_batch(data, starts, block_size):
     """Cut a sequence out of data (N,) at each of B starts. Return inputs x and targets y, (B, T).
     At each position y has the token that comes after x: one sequence gives T examples at once."""
     positions = starts[:, None] + torch.arange(block_size + 1, device=data.device)  # (B, T + 1)
-    sequences = data[positions].long()  # (B, T + 1), as the int64 that losses and embeddings take
+    sequences = data[positions].long()  # (B, T + 1), from int32, which is small, to int64
     return sequences[:, :-1], sequences[:, 1:]
 
 
 # ----------------------------------------------------------------------------------- 3. the model
 class Head(nn.Module):
     """One attention head: each position collects information from itself and from earlier ones. A
-    query says what a position looks for, a key what it offers, a value what it hands over (arXiv
-    1706.03762). --attention explicit runs this code, else a faster kernel computes the same."""
+    query says what a position looks for, a key what it offers, a value what it hands over
+    ("Attention Is All You Need", arXiv 1706.03762). With --attention explicit this code runs, else
+    PyTorch's fast version of the same formula."""
     def forward(self, q, k, v):
         """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
         T, hs = q.shape[-2:]
@@ -184,7 +185,7 @@ class MultiHeadAttention(nn.Module):
             k = rotate(k, *rotation)
         if cache is not None:  # section 4: the keys and values of earlier tokens as well
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs) each
-        # The kernel's is_causal is our mask if T = S. One new token (T = 1) needs no mask at all.
+        # PyTorch's is_causal is our mask if T = S. One new token (T = 1) needs no mask at all.
         if self.config.attention == "fused" and maps is None and T in (1, k.size(2)):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
         else:
@@ -290,7 +291,7 @@ class GPTLanguageModel(nn.Module):
 class SampleConfig:
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    attention: str = option("fused", "PyTorch's fast kernel, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fast code, or Head", "fused", "explicit")
     prompt: str = option("\\n", "text to continue; \\n in it is a new line")
     prompt_file: str = option("", "file with the text to continue")
     max_new_tokens: int = option(500, "number of tokens to generate")
