@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_experiments import EXPERIMENTS, apply  # noqa: E402
 
+SOURCE = (ROOT / "gpt.py").read_text(encoding="utf-8")
 SEEDS = (1337, 1, 2)
 # name: (diff, further options). The note also gives two losses with a lower learning rate.
 VARIANTS = {"unchanged": ("", [])} | {name: (diff, []) for name, diff in EXPERIMENTS.items()}
@@ -31,8 +32,7 @@ def run(diff, options, seed, steps):
     """The validation loss at the end of a run."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "my_gpt.py"
-        source = (ROOT / "gpt.py").read_text(encoding="utf-8")
-        program.write_text(apply(diff, source), encoding="utf-8")
+        program.write_text(apply(diff, SOURCE), encoding="utf-8")
         subprocess.run(
             [sys.executable, program, "--train", "--preset", "cpu", "--max_iters", str(steps),
              "--ckpt", "experiment.pt", "--data", ROOT / "input.txt", "--seed", str(seed),

@@ -175,7 +175,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     parser.add_argument("--text", help="the tiny Shakespeare file")
-    parser.add_argument("--minutes", type=float, default=12, help="training time of all six runs")
+    parser.add_argument("--minutes", type=float, default=10, help="training time of all six runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default=ROOT / "notes/loss_against_time.csv")
     parser.add_argument("--draw", action="store_true", help="train nothing")
