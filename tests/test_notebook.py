@@ -170,38 +170,111 @@ EXERCISES = find_exercises()
 WRONG = {
     1: [("keys > queries", "keys >= queries", "must see itself"),
         ("keys > queries", "keys <= queries", "inverted"),
+        ("keys > queries", "keys < queries", "hides the past"),
+        ("[:, None]", "", "queries a column"),
+        ("keys > queries", "(keys > queries).float()", "compare positions with >"),
         ("torch.arange(S - T, S)", "torch.arange(T)", "LAST T positions")],
     2: [(" / math.sqrt(hs)", "", "square root of hs"),
         ("        scores = scores.masked_fill(causal_mask(T, T).to(x.device), float(\"-inf\"))\n",
          "", "mask is missing"),
         ("math.sqrt(hs)", "math.sqrt(x.size(-1))", "root of C"),
         ("dim=-1)\n", "dim=-2)\n", "run over the keys"),
-        ("q @ k.transpose", "k @ q.transpose", "exchanged")],
+        ("q @ k.transpose", "k @ q.transpose", "exchanged"),
+        ("q @ k.transpose(-2, -1)", "q @ k", "transpose the keys"),
+        ("causal_mask(T, T)", "~causal_mask(T, T)", "upside down"),
+        ('float("-inf")', "0.0", "-inf, not with 0"),
+        ("return weights @ v, weights", "return weights @ v", "two things"),
+        ("return weights @ v, weights", "return weights, weights @ v", "out first"),
+        ("T, hs = q.shape[-2:]", "B, T, hs = q.shape", "without a batch"),
+        ("T, hs = q.shape[-2:]", "T = q.size(-2)", "last dimension of q"),
+        ("k.transpose(-2, -1)", "k.T", "may be (B, T, C)"),
+        ("        weights = F.softmax(scores, dim=-1)\n", "        weights = scores\n",
+         "softmax is missing")],
     3: [("(2, 0, 3, 1, 4)", "(2, 0, 1, 3, 4)", "positions come before heads"),
+        ("return qkv.permute(2, 0, 3, 1, 4)", "return qkv", "now permute"),
         ("return qkv.permute(2, 0, 3, 1, 4)", "return qkv.reshape(3, B, nh, T, -1)",
-         "reshape alone mixes")],
+         "reshape alone mixes"),
+        ("3, nh, C3 // 3 // nh", "nh, 3, C3 // 3 // nh", "(4, B, 3, T, hs)"),
+        ("C3 // 3 // nh", "C3 // nh", "sizes in view must multiply"),
+        ("C3 // 3 // nh", "C3 / 3 / nh", "whole numbers"),
+        ("(2, 0, 3, 1, 4)", "(2, 0, 3, 1)", "all five")],
     4: [("unbiased=False, ", "", "unbiased=False"),
         ("torch.sqrt(variance + self.eps)", "(variance + self.eps)", "root of the variance"),
-        ("(x - mean)", "x", "each position must have mean 0"),
+        ("(x - mean)", "x", "ubtract the mean first"),
         ("self.weight * ", "", "multiply by self.weight"),
+        ("self.weight * ", "self.weight + ", "do not add"),
+        ("x.mean(dim=-1, keepdim=True)", "x.mean(dim=-1)", "keepdim=True"),
+        ("dim=-1", "dim=1", "channels of ONE position"),
+        ("self.eps)", "eps)", "self.eps"),
         (" + self.eps", "", "add eps")],
-    5: [("x * x", "x", "that is ReLU"), ("F.relu(self.up(x))", "self.up(x)", "AFTER the ReLU"),
-        ("bias=False", "bias=True", "without biases"), ("4 * C", "2 * C", "4C of C")],
-    6: [("x = x + collected", "x = collected", "first residual connection"),
+    5: [("x = x + collected", "x = collected", "first residual connection"),
         ("return x + computed", "return computed", "second residual connection"),
         ("self.ln_2(x)", "self.ln_1(x)", "its own LayerNorm"),
-        ("self.attention(self.ln_1(x), rotation)", "self.attention(x, rotation)", "")],
+        ("self.ln_2(x)", "x", "ln_2 is missing"),
+        ("attention(self.ln_1(x), rotation)", "attention(x, rotation)", "ln_1 is missing"),
+        ("x = x + collected", "pass", "lost"),
+        ("(self.ln_2(x))", "(self.ln_2(x), rotation)", "feed_forward does not"),
+        (", rotation)  # comm", ", *rotation)  # comm", "without a star"),
+        ("(self.ln_1(x), rotation)", "(self.ln_1(x))", "pass rotation on")],
+    6: [("x = block(x, rotation)", "x = block(x)", "rotation to every block"),
+        ("x = block(x, rotation)", "block(x, rotation)", "is lost"),
+        ("self.lm_head(self.ln_f(x))", "self.lm_head(x)", "ln_f"),
+        ("self.ln_f(x))", "self.ln_f(x)).softmax(dim=-1)", "without a softmax"),
+        ("return logits, None", "return logits", "two things"),
+        ("        if targets is None:\n            return logits, None\n", "", "no loss"),
+        (".flatten(0, 1), targets.flatten()", ", targets", "flatten both"),
+        ("        for block in self.blocks:\n            x = block", "        x = self.blocks",
+         "for block in self.blocks")],
     7: [("    optimizer.zero_grad()\n", "", "add up"), ("    loss.backward()\n", "", "no gradient"),
-        ("    optimizer.step()\n", "", "did not move"), ("loss.item()", "loss", "return a number")],
+        ("    optimizer.step()\n", "", "did not move"), ("loss.item()", "loss", "return a number"),
+        ("_, loss = model", "loss = model", "two things"),
+        ("_, loss = model", "loss, _ = model", "SECOND thing"),
+        ("model(x, y)", "model(x)", "the targets too"),
+        ("    optimizer.zero_grad()\n    _, loss = model(x, y)\n    loss.backward()\n",
+         "    _, loss = model(x, y)\n    loss.backward()\n    optimizer.zero_grad()\n",
+         "before it, not after"),
+        ("    return loss.item()", "", "return the loss")],
     8: [("return kept / kept.sum()", "return kept", "must sum to 1"),
+        ("return kept / kept.sum()", "return kept / p", "not by p"),
         ("values.cumsum(dim=0) - values", "values.cumsum(dim=0)", "crosses p stays"),
-        ("torch.zeros_like(probs).scatter(0, order, values)", "values", "order of the vocabulary")],
+        ("torch.zeros_like(probs).scatter(0, order, values)", "values", "order of the vocabulary"),
+        ("torch.zeros_like(probs).scatter(0, order, values)", "values[order]", "once more"),
+        (", descending=True", "", "from the largest"), (">= p", "< p", "upside down"),
+        ("values, order = torch.sort", "values = torch.sort", "two things"),
+        ("cumsum(dim=0)", "cumsum()", "needs the dimension"),
+        ("values.masked_fill(likelier >= p, 0.0)", "values[likelier < p]", "ALL V values"),
+        ("return kept / kept.sum()", "return kept, order", "one tensor")],
     9: [("idx[:, -block_size:]", "idx", "cut the context"),
+        ("idx[:, -block_size:]", "idx[:, :block_size]", "LAST block_size"),
+        ("idx[:, -block_size:]", "idx[:, -1:]", "not fewer"),
         ("logits[:, -1]", "logits[:, 0]", "LAST"),
+        ("logits[:, -1]", "logits", "last position only"),
+        (".softmax(dim=-1)", "", "softmax before multinomial"),
+        ("softmax(dim=-1)", "softmax(dim=0)", "over the vocabulary"),
+        ("logits, _ = model", "logits = model", "two things"),
+        ("        logits, _ = model(idx", "        idx = idx[:, -block_size:]\n"
+         "        logits, _ = model(idx", "prompt in front"),
+        ("dim=1)", "dim=0)", "append"),
+        ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1)", "must be (B, 1)"),
         ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1, keepdim=True)",
          "multinomial")],
     10: [("dim=2", "dim=1", "dim=2"), ("[layer]", "[0]", "each layer has its own"),
-         ("torch.cat((self.keys[layer], k)", "torch.cat((k, self.keys[layer])", "at the END")],
+         ("torch.cat((self.keys[layer], k)", "torch.cat((k, self.keys[layer])", "at the END"),
+         ("if self.keys[layer] is not None", "if self.keys[layer]", "no condition"),
+         ("if self.keys[layer] is not None", "if True", "at first nothing is stored"),
+         ("        self.keys[layer], self.values[layer] = k, v\n", "", "ALL keys and values"),
+         ("return k, v", "return k", "two things"),
+         ("        return k, v", "        self.length += k.size(2)\n        return k, v",
+          "leave self.length"),
+         ("v = torch.cat((self.values[layer], v)", "v = torch.cat((self.keys[layer], v)",
+          "the values are wrong")],
+    11: [("model.lm_head(model.ln_f(x))", "model.lm_head(x)", "LayerNorm is missing"),
+         (".softmax(dim=-1)", "", "not probabilities"),
+         ("softmax(dim=-1)", "softmax(dim=1)", "dim=-1"),
+         ("[..., 0]", "", "drop the last"), ("y[..., None]", "y", "y[..., None]"),
+         ("probs.gather(2, y[..., None])[..., 0]", "probs.amax(-1)", "RIGHT token"),
+         ("return torch.stack(found)", "return found", "torch.stack"),
+         ("probs.gather(2, y[..., None])[..., 0]", "probs", "gather")],
 }
 
 
@@ -218,12 +291,15 @@ def space():
             exec(HELPERS, names)
     finally:
         os.chdir(folder)
-    (heads,) = [cell.source for cell in CODE if cell.source.startswith("class MyMultiHead")]
+    given = ("class MyMultiHead", "class MyFeedForward", "def my_angles")
+    parts = [cell.source.split("\n\ncos_6")[0] for cell in CODE if cell.source.startswith(given)]
+    assert len(parts) == len(given)
     for number in sorted(EXERCISES):  # later exercises use earlier parts
         with contextlib.redirect_stdout(io.StringIO()):
             exec(EXERCISES[number][0], names)
             exec(EXERCISES[number][1], names)
-            exec(heads, names)
+            for part in parts:
+                exec(part, names)
     return names
 
 
@@ -243,7 +319,7 @@ def verdict(space, number, source):
     return printed.getvalue()
 
 
-@pytest.mark.parametrize("number", range(1, 11))
+@pytest.mark.parametrize("number", sorted(EXERCISES))
 def test_exercise(space, number):
     """Open at first; the solution is right; the run goes on with the solution."""
     stub, solution = EXERCISES[number]
@@ -266,18 +342,38 @@ def test_wrong_answer_gets_its_hint(space, number, old, new, hint):
     assert "right\n" not in said and "open" not in said and hint in said, said
 
 
-def test_a_right_answer_is_used(space):
-    """The notebook goes on with the student's own part, not with the solution."""
+def test_a_right_answer_is_used(space, capsys):
+    """The notebook goes on with the student's own part if it is right, and says so."""
     def own(T, S):
         return space["torch"].ones(T, S).triu(1 + S - T) == 1
+
+    def wrong(T, S):
+        return ~own(T, S)
     assert space["choose"](space["check_mask"], own, None) is own
+    assert "your own" in capsys.readouterr().out
+    assert space["choose"](space["check_mask"], wrong, own) is own
+    assert "the solution" in capsys.readouterr().out
+
+
+def test_predictions_do_not_stand_beside_their_answers():
+    """A guess has a cell of its own; the cell that prints the answer has a folded output."""
+    asked = re.compile(r"(?m)^(guess_\w+) = \.\.\.")
+    guesses = {name for cell in CODE for name in asked.findall(cell.source)}
+    assert len(guesses) >= 10
+    for cell in CODE:
+        if re.search(r"(?m)^guess_\w+ = ", cell.source):
+            assert not cell.outputs and len(cell.source.splitlines()) <= 2
+        for name in re.findall(r"(?m)^score_guess\(.*?(guess_\w+)", cell.source):
+            assert cell.metadata["jupyter"]["outputs_hidden"] and cell.metadata["collapsed"]
+            guesses.remove(name)
+    assert not guesses, f"without an answer: {guesses}"
 
 
 # ------------------------------------------------------------- asserts that notice a broken gpt.py
 SHORTER = {  # so that the cells run in seconds
     "300, temperature": "3, temperature", "gpt.estimate_loss(shipped, val_ids)": "saved_loss",
     "ladder = {": 'saved_loss = min(r["val_loss"] for r in saved["history"])\nladder = {',
-    "range(100)": "range(2)", "sequences=64)": "sequences=4)", "prompt_ids, 120": "prompt_ids, 5",
+    "range(60)": "range(2)", "sequences=24)": "sequences=4)", "prompt_ids, 120": "prompt_ids, 5",
     "size(1) + 120)": "size(1) + 5)"}
 # What to change in gpt.py, in which sections to look, the words of the assert that notices it.
 CHANGES = [
