@@ -2,6 +2,7 @@
 import contextlib
 import doctest
 import io
+import json
 import re
 import shlex
 import socket
@@ -79,6 +80,42 @@ def test_the_files_that_a_note_names_exist(note):
         assert (note.parent / target).exists(), target
     for path in re.findall(r"`((?:checkpoints|notes|tests)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def anchors(text):
+    """The anchors that GitHub gives to the headings of a note."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+def test_the_headings_that_a_note_links_to_exist(note):
+    text = BLOCK.sub("", note.read_text(encoding="utf-8"))
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", text):
+        linked = note.parent / target if target else note
+        assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+def test_the_sections_of_the_notebook_have_the_numbers_that_a_note_gives(note):
+    """In words such as "sections 4 (attention) and 5 (many heads)"."""
+    cells = json.loads((ROOT / "gpt_walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    titles = dict(re.findall(r"^## (\d+)\. (.*)$", text, re.M))
+    for paragraph in note.read_text(encoding="utf-8").split("\n\n"):
+        _, linked, words = paragraph.partition("(../gpt_walkthrough.ipynb)")
+        if linked:
+            sections = re.findall(r"(\d+) \(([^)]+)\)", words.replace("\n", " "))
+            assert sections
+            for number, name in sections:
+                assert name.lower() in titles[number].lower(), f"{number} ({name})"
+
+
+@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+def test_the_tests_that_a_note_names_exist(note):
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+)`", note.read_text(encoding="utf-8")):
+        assert f"\ndef {name}(" in tests, name
 
 
 @pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
