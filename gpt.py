@@ -137,8 +137,8 @@ class Head(nn.Module):
         """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
         T, hs = q.shape[-2:]
         S = k.size(-2)  # more than T if a cache has the positions before
-        # The dot product of two vectors of hs numbers with variance 1 has variance hs; divided by
-        # sqrt(hs) it has 1. With larger scores softmax picks one position: its gradient vanishes.
+        # The dot product of hs random numbers (mean 0, variance 1) with hs others has variance hs:
+        # divided by sqrt(hs), 1. With larger scores softmax picks one position, without gradient.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
         # copy it, and has nothing to copy when it generates. Row i is the query at S - T + i.
