@@ -109,15 +109,15 @@ def test_prompts(make_model, idx):
     assert out.shape == (1, 5) and out.dtype == torch.int64 and out[0, :2].tolist() == [3, 1]
     assert torch.equal(out, model.generate(torch.tensor([[3, 1]]), 3, seed=1))
     assert model.generate(idx, 0).tolist() == [[3, 1]]
-    assert model.generate(idx).shape == (1, 502)
 
 
 def test_tokens_come_one_by_one(make_model):
-    """generate_tokens yields what generate collects."""
+    """generate_tokens yields what generate collects, by default 500 tokens."""
     model, idx = make_model(), tokens(2, 3)
     new = list(generate_tokens(model, idx, SampleConfig(max_new_tokens=12, seed=4)))
     assert [t.shape for t in new] == [(2, 1)] * 12
     assert torch.equal(torch.cat(new, dim=1), model.generate(idx, 12, seed=4)[:, 3:])
+    assert model.generate(idx).shape == (2, 503)
 
 
 def test_what_was_generated_can_be_trained_on(make_model):
