@@ -194,7 +194,7 @@ WRONG = {
         ("return qkv.permute(2, 0, 3, 1, 4)", "return qkv", "now permute"),
         ("return qkv.permute(2, 0, 3, 1, 4)", "return qkv.reshape(3, B, nh, T, -1)",
          "reshape alone mixes"),
-        ("3, nh, C3 // 3 // nh", "nh, 3, C3 // 3 // nh", "(4, B, 3, T, hs)"),
+        ("3, nh, C3 // 3 // nh", "nh, 3, C3 // 3 // nh", "first q, k, v"),
         ("C3 // 3 // nh", "C3 // nh", "sizes in view must multiply"),
         ("C3 // 3 // nh", "C3 / 3 / nh", "whole numbers"),
         ("(2, 0, 3, 1, 4)", "(2, 0, 3, 1)", "all five")],
