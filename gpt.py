@@ -129,10 +129,9 @@ def get_batch(data, starts, block_size):
 
 # ----------------------------------------------------------------------------------- 3. the model
 class Head(nn.Module):
-    """One attention head: each position collects information from itself and from earlier ones. A
-    query says what a position looks for, a key what it offers, a value what it hands over
-    ("Attention Is All You Need", arXiv 1706.03762). With --attention explicit this code runs, else
-    PyTorch's fast version of the same formula."""
+    """One attention head ("Attention Is All You Need", arXiv 1706.03762): each position collects
+    information from earlier ones and itself. A query says what it looks for, a key what a position
+    offers, a value what it hands over. --attention explicit runs this, fused a faster version."""
     def forward(self, q, k, v):
         """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
         T, hs = q.shape[-2:]
@@ -531,7 +530,8 @@ def configure(flags, known, resuming):
         check(shorter or flags[name] == known[name],
               f"--{name} {flags[name]} contradicts the checkpoint: {known[name]}.")
     preset = PRESETS[(known | flags).get("preset", "auto")]
-    return TrainConfig(**(preset | known | flags))
+    options = preset | known | flags  # a Path becomes a string: a checkpoint holds plain types only
+    return TrainConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
 
 def training_step(step, model, optimizers, scaler, data, config, precision):
     """One optimizer step. Returns the loss of the last forward pass. Without the options it is:

@@ -197,7 +197,8 @@ def test_folders_are_created_and_the_home_folder_is_known(folder, monkeypatch):
     gpt.train(**flags | dict(ckpt="~/run.pt"))
     assert {path.name for path in (folder / "home").iterdir()} == FILES
     (folder / "home/text.txt").write_text(TEXT, encoding="utf-8")
-    gpt.train(init_from="~/run.pt", ckpt="same.pt", data="~/text.txt", max_iters=0)
+    flags = dict(init_from=Path("~/run.pt"), ckpt=Path("same.pt"), data=Path("~/text.txt"))
+    gpt.train(**flags, max_iters=0)  # a Path is as good as a string
     assert torch.equal(weights("same.pt"), weights(folder / "home/run.pt"))
 
 
