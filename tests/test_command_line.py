@@ -97,7 +97,7 @@ def test_every_option_is_a_flag(capsys, config, mode):
     "--sample --n_layer 3", "--sample --train", "--sample --tempature 1", "--sample --seed x"])
 def test_words_that_are_no_command_are_refused(capsys, words):
     with pytest.raises(SystemExit) as end:
-        gpt.main(words.split())
+        gpt.parse(words.split())
     assert end.value.code == 2 and "error: " in capsys.readouterr().err
 
 
@@ -212,8 +212,8 @@ def test_half_a_character_is_never_shown(monkeypatch, here):
 
 # ---------------------------------------------------------------------------- messages, exit codes
 def test_a_missing_checkpoint_is_told_how_to_import_gpt2(message):
-    error = message("--sample", "--ckpt", "gpt2")
-    assert "python notes/gpt2.py import gpt2 gpt2.pt" in error
+    for words in ("--sample --ckpt gpt2", "--train --data text.txt --init_from gpt2"):
+        assert "python notes/gpt2.py import gpt2 gpt2.pt" in message(*words.split())
 
 
 def test_a_device_that_is_not_available_is_named(message):
