@@ -131,11 +131,13 @@ def test_openais_own_layout(saved):
         weights["h.0.attn.masked_bias"] = torch.tensor(-1e4)
         return weights
 
-    expected = import_gpt2(saved).state_dict()
+    before = import_gpt2(saved)
     change_weights(saved, as_openai)
     change_config(saved, "tie_word_embeddings", "scale_attn_by_inverse_layer_idx")  # newer
     shutil.copy(OPENAI / "encoder.json", saved / "vocab.json")
-    torch.testing.assert_close(import_gpt2(saved).state_dict(), expected, rtol=0, atol=0)
+    after = import_gpt2(saved)
+    assert after.config == before.config
+    torch.testing.assert_close(after.state_dict(), before.state_dict(), rtol=0, atol=0)
 
 
 def test_half_precision_is_read_as_float32(saved):
@@ -362,7 +364,9 @@ def test_every_architecture(config, export):
     ours, tokenizer = random_model(**config), alphabet(LETTERS)
     theirs, their_tokenizer = export(ours, tokenizer)
     tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
-    assert tied == ours.config.tie_weights
+    assert tied == theirs.config.tie_word_embeddings == ours.config.tie_weights
+    assert theirs.config.max_position_embeddings == ours.config.block_size
+    assert theirs.generation_config.eos_token_id is None  # no character ends the text
     assert_equal_models(ours, theirs)
     assert_equal_tokens(tokenizer, their_tokenizer, "\nab,  or\n\n  a .", " ", "\n", "'m;")
 
