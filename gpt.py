@@ -120,8 +120,8 @@ def load_data(name, tokenizer, device="cpu"):
     return tokenizer, ids[:split], ids[split:]
 
 def get_batch(data, starts, block_size):
-    """Cut a sequence out of data (N,) at each of B starts. Return inputs x and targets y, (B, T).
-    At each position y has the token that comes after x: one sequence gives T examples at once."""
+    """Cut a sequence out of data (N,) at each of B starts. Return inputs x and targets y, (B, T):
+    of "hello" x has "hell" and y "ello". One sequence gives T examples of a next token at once."""
     positions = starts[:, None] + torch.arange(block_size + 1, device=data.device)  # (B, T + 1)
     sequences = data[positions].long()  # (B, T + 1), from int32, which is small, to int64
     return sequences[:, :-1], sequences[:, 1:]
@@ -133,14 +133,14 @@ class Head(nn.Module):
     information from earlier ones and itself. A query says what it looks for, a key what a position
     offers, a value what it hands over. --attention explicit runs this, fused a faster version."""
     def forward(self, q, k, v):
-        """q (..., T, hs), k and v (..., S, hs) -> output (..., T, hs), weights (..., T, S)."""
+        """q (B, nh, T, hs), k, v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S)."""
         T, hs = q.shape[-2:]
         S = k.size(-2)  # more than T if a cache has the positions before
         # The dot product of hs random numbers (mean 0, variance 1) with hs others has variance hs:
         # divided by sqrt(hs), 1. With larger scores softmax picks one position, without gradient.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
-        # copy it, and has nothing to copy when it generates. Row i is the query at S - T + i.
+        # copy it, and has nothing to copy when it generates. (With a cache row i is at S - T + i.)
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)  # (T, S)
         scores = scores.masked_fill(future, float("-inf"))
         weights = F.softmax(scores, dim=-1)  # exp(score) / sum of the row: exp(-inf) is 0
@@ -385,7 +385,7 @@ class TrainConfig(GPTConfig):
     learning_rate: float = option(4e-3, "the highest learning rate")
     weight_decay: float = option(0.0, "how strongly matrices are pulled towards zero")
     warmup_iters: int = option(0, "steps in which the learning rate rises")
-    schedule: str = option("linear", "how the learning rate falls", "linear", "cosine", "constant")
+    schedule: str = option("linear", "linear: level, then falling", "linear", "cosine", "constant")
     eval_interval: int = option(250, "steps between evaluations, each of which saves the run")
     seed: int = option(1337, "the same seed gives the same run")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
@@ -403,7 +403,7 @@ def say(text):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then a step that is equally long in all directions: a raw gradient has a few strong
-    ones (kellerjordan.github.io/posts/muon). You may skip this: it does the work of AdamW."""
+    ones (kellerjordan.github.io/posts/muon). Like AdamW it turns gradients into steps: skip it."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -579,7 +579,7 @@ def train(**flags):
     config = configure(flags, known, resuming=bool(saved))
     device, precision = choose_device(config.device, config.precision)
     tokenizer, train_data, val_data = load_data(config.data, tokenizer or config.tokenizer, device)
-    check(len(val_data) > config.block_size, f"{config.data} is too short: lower --block_size.")
+    check(len(val_data) > config.block_size, "The text is too short: lower --block_size.")
     ckpt.parent.mkdir(parents=True, exist_ok=True)
     check(os.access(ckpt.parent, os.W_OK), f"No file can be written in {ckpt.parent}.")
     torch.manual_seed(config.seed)  # all processes begin with the same weights
@@ -680,7 +680,7 @@ def parse(argv):
     return command, flags
 
 def main(argv=None):
-    """Run a command. Returns the exit code: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Run a command. Returns the exit code: 0, 2 after a mistake, 128 + the signal after a stop."""
     for stream in (sys.stdout, sys.stderr):  # "?" for what it cannot show; each line at once
         stream.reconfigure(errors="replace", line_buffering=True)
     try:
