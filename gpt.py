@@ -57,7 +57,7 @@ class GPTConfig:
     positions: str = option("rotary", "how the order of tokens is encoded", "rotary", "learned")
     qk_norm: bool = option(True, "normalise queries and keys")
     activation: str = option("relu2", "nonlinearity of FeedForward", "gelu", "relu", "relu2")
-    attention: str = option("fused", "PyTorch's fast code, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fused kernel, or Head", "fused", "explicit")
     vocab_size: int = 65  # no flag: the tokenizer sets it
 
 
@@ -290,7 +290,7 @@ class GPTLanguageModel(nn.Module):
 class SampleConfig:
     ckpt: str = option("gpt_checkpoint.pt", "the checkpoint")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
-    attention: str = option("fused", "PyTorch's fast code, or Head", "fused", "explicit")
+    attention: str = option("fused", "PyTorch's fused kernel, or Head", "fused", "explicit")
     prompt: str = option("\\n", "text to continue; \\n in it is a new line")
     prompt_file: str = option("", "file with the text to continue")
     max_new_tokens: int = option(500, "number of tokens to generate")
