@@ -137,7 +137,7 @@ class Head(nn.Module):
         T, hs = q.shape[-2:]
         S = k.size(-2)  # more than T if a cache has the positions before
         # The dot product of hs random numbers (mean 0, variance 1) with hs others has variance hs:
-        # divided by sqrt(hs), 1. With larger scores softmax picks one position, without gradient.
+        # divided by sqrt(hs), 1. With larger scores softmax picks one position: no gradient passes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
         # copy it, and has nothing to copy when it generates. (With a cache row i is at S - T + i.)
