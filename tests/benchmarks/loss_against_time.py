@@ -7,10 +7,10 @@
 Writes notes/loss_against_time.csv and draws notes/loss_against_time.png. The runs follow one after
 the other; nothing else should run on the machine.
 
-nanoGPT: its train.py, unchanged, with the laptop recipe of its README. Ours: gpt.py with the `cpu`
-preset. Only sizes and the number of steps are changed. A short run before each run measures the
-time per step, which gives the number of steps. So both sides train for about the same time, and the
-learning rate of both reaches its end in this time.
+nanoGPT: its train.py, unchanged, with the laptop recipe of its README to the end (2,000 steps); only
+the size differs. Ours: gpt.py with the `cpu` preset, the size, and as many steps as take half of
+nanoGPT's time: a short run before each run measures the time per step. The learning rate of both
+reaches its end within the run.
 
 Losses of both sides are over the whole validation split, by gpt.estimate_loss; nanoGPT's weights
 are copied into our model for that. The time is that of training steps on both sides. A step that
@@ -36,15 +36,16 @@ import torch
 from compare import ROOT, as_ours, commit, gpt, in_new_process
 from torch.nn import functional as F
 
-SIZES = [  # share of the time, nanoGPT's size (the second is its README's) and ours (`cpu` preset)
-    (1, dict(n_layer=3, n_head=4, n_embd=64), dict(n_layer=3, n_head=4, n_embd=64)),
-    (2, dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=3, n_head=4, n_embd=128)),
-    (4, dict(n_layer=6, n_head=6, n_embd=192, block_size=128),
-     dict(n_layer=6, n_head=6, n_embd=192))]
+SIZES = [  # nanoGPT's size (the second is that of its README) and ours (the second: `cpu` preset)
+    (dict(n_layer=3, n_head=4, n_embd=64), dict(n_layer=3, n_head=4, n_embd=64)),
+    (dict(n_layer=4, n_head=4, n_embd=128), dict(n_layer=3, n_head=4, n_embd=128)),
+    (dict(n_layer=6, n_head=6, n_embd=192), dict(n_layer=6, n_head=6, n_embd=192))]
 NANOGPT = dict(device="cpu", compile=False, eval_iters=20, log_interval=1, block_size=64,
                batch_size=12, dropout=0.0, always_save_checkpoint=True, out_dir="out")
 OURS = dict(preset="cpu", block_size=128, batch_size=8, device="cpu", precision="fp32")
-EVALUATIONS = 8  # of each run
+EVALUATIONS = 10  # of each run
+NANOGPT_STEPS = 2000
+OUR_SHARE = 0.5  # of nanoGPT's time
 COLUMNS = ("side", "commit", "n_layer", "n_embd", "block_size", "batch_size", "parameters", "step",
            "seconds", "val_loss")
 COLOURS = {"nanoGPT": "tab:orange", "ours": "tab:blue"}
@@ -115,13 +116,17 @@ def measure(args, folder):
     sides = [("nanoGPT", train_nanogpt, NANOGPT, commit(args.nanogpt)),
              ("ours", train_ours, OURS, commit(ROOT))]
     table = []
-    for share, *sizes in SIZES:
+    for sizes in SIZES:
         for (side, train, recipe, version), size in zip(sides, sizes, strict=True):
             options = (train, folder, size, str(data / "input.txt"))
-            _, [(_, seconds, _)] = in_new_process(*options, 50, 50)
-            budget = 60 * args.minutes / 2 * share / sum(share for share, *_ in SIZES)
-            interval = max(1, round(budget / (seconds / 50) / EVALUATIONS))
+            interval = NANOGPT_STEPS // EVALUATIONS
+            if side == "ours":
+                _, [(_, seconds, _)] = in_new_process(*options, 50, 50)
+                steps = 50 / seconds * OUR_SHARE * nanogpt_seconds
+                interval = max(1, round(steps / EVALUATIONS))
             parameters, rows = in_new_process(*options, EVALUATIONS * interval, interval)
+            if side == "nanoGPT":
+                nanogpt_seconds = rows[-1][1]
             for step, seconds, loss in rows:
                 print(f"{side:7} {parameters:9,} parameters, step {step:6,}: {seconds:6.1f} s, "
                       f"validation loss {loss:.4f}", flush=True)
@@ -175,7 +180,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", help="a checkout of nanoGPT")
     parser.add_argument("--text", help="the tiny Shakespeare file")
-    parser.add_argument("--minutes", type=float, default=10, help="training time of all six runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--csv", type=Path, default=ROOT / "notes/loss_against_time.csv")
     parser.add_argument("--draw", action="store_true", help="train nothing")
