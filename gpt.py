@@ -1,15 +1,14 @@
 """A GPT in one file: a Transformer that reads tokens and predicts, at every position, the next one.
 
     python gpt.py --train                              # train on input.txt (or: --data my.txt)
-    python gpt.py --sample --ckpt gpt_checkpoint.pt    # generate text
-    torchrun --nproc_per_node=2 gpt.py --train         # several GPUs (all options: --help)
+    python gpt.py --sample --ckpt gpt_checkpoint.pt    # generate text (all options: --help)
 
     token ids (B, T) -> embeddings (B, T, C) -> n_layer Blocks -> LayerNorm -> logits (B, T, V)
     Block:  x --+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 +---------------------------------------+   +---------------------------------+
-Shapes: B sequences in a batch, T positions in a sequence, C channels (n_embd numbers) at each, nh
-heads of hs = C / nh channels, V tokens in the vocabulary. Read sections 2 and 3 and training_step
-first; the rest is generating text and a reliable program. GPT-2's weights: see notes/gpt2.py.
+Shapes: B sequences in a batch, T positions, C channels (n_embd numbers) at each position, nh heads
+of hs = C / nh channels, V tokens in the vocabulary. Read sections 2 and 3 and training_step first;
+the rest generates text and makes a reliable program. GPT-2's weights: notes/gpt2.py.
 """
 # /// script
 # requires-python = ">=3.10"  # `uv run gpt.py` reads these lines and installs the packages
@@ -84,11 +83,7 @@ class BPETokenizer:
 
     def __init__(self):
         import tiktoken
-        try:
-            self.encoding = tiktoken.get_encoding("gpt2")  # downloads its tables the first time
-        except Exception as error:
-            raise UserError("tiktoken cannot download GPT-2's tables. notes/gpt2_guide.md says "
-                            "which files to put where instead.") from error
+        self.encoding = tiktoken.get_encoding("gpt2")  # downloads its tables the first time
         self.vocab_size = self.encoding.n_vocab
 
     def encode(self, text):
@@ -107,7 +102,6 @@ def load_data(name, tokenizer, device="cpu"):
     if name == "shakespeare":
         path = Path("tinyshakespeare.txt")
         if not path.exists():
-            print(f"Downloading {SHAKESPEARE} as {path}")
             torch.hub.download_url_to_file(SHAKESPEARE, path, SHA256)
     text = path.read_text(encoding="utf-8-sig", errors="replace")  # errors become U+FFFD
     check("\ufffd" not in text and "\0" not in text, f"{path} is not UTF-8 text: convert it.")
@@ -129,18 +123,19 @@ def get_batch(data, starts, block_size):
 
 # ----------------------------------------------------------------------------------- 3. the model
 class Head(nn.Module):
-    """One attention head ("Attention Is All You Need", arXiv 1706.03762): each position collects
-    information from earlier ones and itself. A query says what it looks for, a key what a position
-    offers, a value what it hands over. --attention explicit runs this, fused a faster version."""
+    """What a head does ("Attention Is All You Need", arXiv 1706.03762), for nh heads at once: each
+    position collects information from earlier ones and itself. A query says what it looks for, a
+    key what a position offers, a value what it hands over."""
     def forward(self, q, k, v):
-        """q (B, nh, T, hs), k, v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S)."""
+        """q (B, nh, T, hs), k, v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S).
+        S is T, or more while generating, when earlier keys and values are kept in a cache."""
         T, hs = q.shape[-2:]
-        S = k.size(-2)  # more than T if a cache has the positions before
-        # The dot product of hs random numbers (mean 0, variance 1) with hs others has variance hs:
-        # divided by sqrt(hs), 1. With larger scores softmax picks one position: no gradient passes.
+        S = k.size(-2)
+        # A score is a sum of hs products: if q and k have variance 1, it has variance hs; divided
+        # by sqrt(hs), 1. Scores far apart give one position all the weight: no gradient passes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
-        # copy it, and has nothing to copy when it generates. (With a cache row i is at S - T + i.)
+        # copy it, and has nothing to copy when it generates. (Row i is position S - T + i.)
         future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(1 + S - T)  # (T, S)
         scores = scores.masked_fill(future, float("-inf"))
         weights = F.softmax(scores, dim=-1)  # exp(score) / sum of the row: exp(-inf) is 0
@@ -148,19 +143,19 @@ class Head(nn.Module):
 
 def rotary_angles(positions, hs, dtype):
     """Rotary positions (RoFormer, arXiv 2104.09864): (T,) -> cosines and sines, (T, hs/2) each."""
-    # Each pair of channels rotates at its own speed, from 1 radian a position to almost 1/10000.
+    # Each pair of channels has its own speed, from 1 radian a position down to almost 1/10000.
     speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs/2,)
     angles = positions[:, None] * speeds  # (T, 1) * (hs/2,) -> (T, hs/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 def rotate(x, cos, sin):
-    """Rotate each pair of channels of x (..., T, hs) by its angle. The dot product of q and k then
-    depends on how far apart they are. Without positions attention does not know any order."""
+    """Rotate each pair of channels of x (..., T, hs) by its angle. The dot product of a query
+    turned by m and a key by n depends on m - n, their distance. Attention alone knows no order."""
     a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
 
 class MultiHeadAttention(nn.Module):
-    """Communication: several heads look at the past at once, each for something else."""
+    """Communication: several heads look at the past at once, each looks for something else."""
     def __init__(self, config, layer):
         super().__init__()
         self.config = config
@@ -174,19 +169,23 @@ class MultiHeadAttention(nn.Module):
         """x (B, T, C) -> (B, T, C). A list `maps` collects the attention weights, (B, nh, T, S)."""
         B, T, C = x.shape
         nh = self.config.n_head
+        hs = C // nh
         qkv = self.qkv(x).chunk(3, dim=-1)  # (B, T, 3C) -> three tensors (B, T, C)
-        q, k, v = [t.view(B, T, nh, C // nh).transpose(1, 2) for t in qkv]  # (B, nh, T, hs) each
+        # Heads go before positions: @ multiplies the last two dimensions, for each head on its own.
+        q, k, v = [t.view(B, T, nh, hs).transpose(1, 2) for t in qkv]  # (B, nh, T, hs) each
         if self.config.qk_norm:  # mean 0, variance 1: long vectors cannot make the scores explode
-            q = F.layer_norm(q, q.shape[-1:])
-            k = F.layer_norm(k, k.shape[-1:])
+            q = F.layer_norm(q, (hs,))
+            k = F.layer_norm(k, (hs,))
         if rotation is not None:
             q = rotate(q, *rotation)
             k = rotate(k, *rotation)
         if cache is not None:  # section 4: the keys and values of earlier tokens as well
             k, v = cache.append(self.layer, k, v)  # (B, nh, S, hs) each
-        # PyTorch's is_causal is our mask if T = S. One new token (T = 1) needs no mask at all.
-        if self.config.attention == "fused" and maps is None and T in (1, k.size(2)):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)  # (B, nh, T, hs)
+        fused = self.config.attention == "fused" and maps is None  # what Head computes, but faster
+        if fused and T == k.size(2):  # a whole sequence
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        elif fused and T == 1:  # one new token may look at all in the cache: no mask
+            out = F.scaled_dot_product_attention(q, k, v)
         else:
             out, weights = self.head(q, k, v)  # (B, nh, T, hs), (B, nh, T, S)
             if maps is not None:
@@ -196,18 +195,18 @@ class MultiHeadAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Computation: every position works by itself on what it has collected."""
+    activations = {"gelu": nn.GELU("tanh"), "relu": nn.ReLU(),  # GPT-2's and the lecture's
+                   "relu2": lambda x: F.relu(x).square()}  # "Primer", arXiv 2109.08668
+
     def __init__(self, config):
         super().__init__()
-        self.activation = config.activation
+        self.activation = self.activations[config.activation]
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        x = self.up(x)  # (B, T, C) -> (B, T, 4C)
-        x = F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x)
-        if self.activation == "relu2":  # the square of ReLU: "Primer", arXiv 2109.08668
-            x = x * x
+        x = self.activation(self.up(x))  # (B, T, C) -> (B, T, 4C)
         return self.dropout(self.down(x))  # (B, T, 4C) -> (B, T, C)
 
 class Block(nn.Module):
@@ -241,8 +240,8 @@ class GPTLanguageModel(nn.Module):
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
-        # Output layers start at zero: a block begins as the identity, all tokens as equally likely.
-        # They still train: first only lm_head has a gradient, then proj and down, then all.
+        # Output layers start at zero (if tied, small): a block adds nothing, all tokens are equally
+        # likely. They still train: first lm_head has a gradient, then proj and down, then the rest.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -269,7 +268,8 @@ class GPTLanguageModel(nn.Module):
         logits = self.lm_head(self.ln_f(x))  # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())  # a mean
+        flat = logits.float().flatten(0, 1)  # (B, T, V) -> (B * T, V)
+        return logits, F.cross_entropy(flat, targets.flatten())  # the mean over B * T examples
 
     @torch.no_grad()
     def attention_maps(self, idx):
@@ -282,7 +282,11 @@ class GPTLanguageModel(nn.Module):
         """Continue ids (T,) or (B, T) -> (B, T + max_new_tokens). options: as in SampleConfig."""
         idx = torch.atleast_2d(torch.as_tensor(idx, device=next(self.parameters()).device).long())
         config = SampleConfig(max_new_tokens=max_new_tokens, **options)
-        return torch.cat([idx, *generate_tokens(self, idx, config)], dim=1)
+        was_training = self.training
+        self.eval()  # no dropout
+        idx = torch.cat([idx, *generate_tokens(self, idx, config)], dim=1)
+        self.train(was_training)
+        return idx
 
 
 # ---------------------------------------------------------------------------------- 4. generation
@@ -305,14 +309,17 @@ class KVCache:
     position look at later ones. So each new token is read alone, and the result is the same."""
     def __init__(self, model, batch_size):
         c = model.config
-        shape = (c.n_layer, 2, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
-        self.store = next(model.parameters()).new_zeros(shape)  # the 2 are keys and values
+        shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
+        self.keys = next(model.parameters()).new_zeros(shape)
+        self.values = torch.zeros_like(self.keys)
         self.length = 0  # tokens in the cache; GPTLanguageModel.forward counts them
 
-    def append(self, layer, k, v):  # the new ones of one layer, (B, nh, T, hs) each
+    def append(self, layer, k, v):
+        """The new keys and values of a layer, (B, nh, T, hs) -> all of them, (B, nh, S, hs)."""
         end = self.length + k.size(2)
-        self.store[layer, :, :, :, self.length : end] = torch.stack((k, v))
-        return self.store[layer, :, :, :, :end]  # all of this layer, (2, B, nh, S, hs)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 def penalize_repetition(logits, tokens, penalty):
     """Make the tokens (B, N) of the context less likely in the logits (B, V)."""
@@ -336,33 +343,29 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 @torch.inference_mode()  # no gradients: nothing is kept for a backward pass
 def generate_tokens(model, tokens, config):
     """Continue tokens (B, T): yield a new token for each sequence, (B, 1), again and again."""
-    seed = config.seed or time.time_ns()  # 0: another text each time
-    rng = torch.Generator(tokens.device).manual_seed(seed)
-    cache, block_size = KVCache(model, len(tokens)), model.config.block_size
-    was_training = model.training
-    model.eval()  # no dropout
-    tokens = unread = tokens[:, -block_size:]  # the prompt, or as much of its end as fits
-    try:
-        for _ in range(config.max_new_tokens):
-            logits, _ = model(unread, cache=cache)  # (B, T), later (B, 1) -> (B, T, V)
-            logits = logits[:, -1].float()  # (B, V): what follows the last token
-            logits = penalize_repetition(logits, tokens, config.repetition_penalty)
-            probs = probabilities(logits, config.temperature, config.top_k, config.top_p)
-            unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
-            tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
-            yield unread
-            if cache.length == block_size:  # full: forget it, reread the last half from position 0
-                cache.length = 0
-                unread = tokens[:, -max(1, block_size // 2) :]
-    finally:
-        model.train(was_training)
+    rng = torch.Generator(tokens.device).manual_seed(config.seed or time.time_ns())
+    cache = KVCache(model, len(tokens))
+    block_size = model.config.block_size
+    tokens = tokens[:, -block_size:]  # the prompt, or as much of its end as fits
+    unread = tokens
+    for _ in range(config.max_new_tokens):
+        logits, _ = model(unread, cache=cache)  # (B, T), later (B, 1) -> (B, T, V)
+        logits = logits[:, -1].float()  # (B, V): what follows the last token
+        logits = penalize_repetition(logits, tokens, config.repetition_penalty)
+        probs = probabilities(logits, config.temperature, config.top_k, config.top_p)
+        unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
+        tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
+        yield unread
+        if cache.length == block_size:  # full: forget it, reread the last half from position 0
+            cache.length = 0
+            unread = tokens[:, -max(1, block_size // 2) :]
 
 
 # ------------------------------------------------------------------------------------ 5. training
 LARGER = dict(n_layer=6, block_size=256, batch_size=16, max_iters=3400)
 PRESETS = {  # what differs from the defaults; README.md says how long each takes, to which loss
     "cpu": dict(),
-    "laptop": LARGER | dict(n_embd=256, dropout=0.1, weight_decay=2.0),  # against memorising
+    "laptop": LARGER | dict(n_embd=256, dropout=0.1, weight_decay=2.0),
     "gpu": LARGER | dict(n_head=6, n_embd=384, dropout=0.1, weight_decay=2.0),
     "lecture": LARGER | dict(n_head=6, n_embd=384, dropout=0.2, bias=True, positions="learned",
                              activation="relu", qk_norm=False, batch_size=64, max_iters=5000,
@@ -459,6 +462,8 @@ def estimate_loss(model, data, max_tokens=131_072):
 
 def save_checkpoint(path, model, tokenizer, **more):
     """Save model, tokenizer and `more`, which holds tensors and plain Python types only."""
+    check(all(p.isfinite().all() for p in model.parameters()), "The weights are not numbers any "
+          "more, so they are not saved: lower --learning_rate, or use --precision fp32.")
     content = {"model_state_dict": model.state_dict(), "hyperparameters": asdict(model.config),
                "stoi": tokenizer.stoi, "itos": tokenizer.itos, **more}
     with open(f"{path}.tmp", "wb") as file:
@@ -567,12 +572,11 @@ def train(**flags):
     """Train as the options say. Returns the best model and its tokenizer. Two files: --ckpt has
     the model with the lowest validation loss, NAME.resume.pt the latest one and its optimizers."""
     ckpt = Path(flags.get("ckpt", TrainConfig.ckpt)).expanduser()
-    check(ckpt.suffix == ".pt", f"--ckpt {ckpt} must end in .pt.")
     latest = ckpt.with_suffix(".resume.pt")
     start = latest if flags.get("resume") else flags.get("init_from")
     old_model, tokenizer, saved = load_checkpoint(start) if start else (None, None, {})
     saved = saved if flags.get("resume") else {}  # --init_from takes only the model
-    for file in [ckpt.with_suffix(end) for end in (".pt", ".resume.pt", ".csv", ".png")]:
+    for file in (ckpt, latest, ckpt.with_suffix(".csv"), ckpt.with_suffix(".png")):
         check(saved or not file.exists(), f"{file} exists already. Continue its run with --resume, "
               "choose another --ckpt, or move the file away.")
     known = saved.get("train_config", asdict(old_model.config) if old_model else {})
@@ -581,7 +585,6 @@ def train(**flags):
     tokenizer, train_data, val_data = load_data(config.data, tokenizer or config.tokenizer, device)
     check(len(val_data) > config.block_size, "The text is too short: lower --block_size.")
     ckpt.parent.mkdir(parents=True, exist_ok=True)
-    check(os.access(ckpt.parent, os.W_OK), f"No file can be written in {ckpt.parent}.")
     torch.manual_seed(config.seed)  # all processes begin with the same weights
     config.vocab_size = old_model.config.vocab_size if old_model else tokenizer.vocab_size
     model = GPTLanguageModel(GPTConfig(**{k: getattr(config, k) for k in asdict(GPTConfig())}))
@@ -598,7 +601,7 @@ def train(**flags):
     network = torch.compile(model) if config.compile else model  # the same weights, for training
     tokens = config.block_size * config.batch_size * config.gradient_accumulation_steps * WORLD
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {device} in {precision}; "
-        f"{tokens:,} tokens in a step; guessing would have loss {math.log(config.vocab_size):.4f}.")
+        f"{tokens:,} tokens in a step.")
     first = saved.get("iteration", 0)
     history = [row for row in saved.get("history", []) if row["iteration"] < first]
     clock = time.perf_counter() - (history[-1]["seconds"] if history else 0)
@@ -610,16 +613,12 @@ def train(**flags):
                 dist.all_reduce(stop)  # if one process has to stop, all do
             finished = step >= config.max_iters
             due = finished or step % config.eval_interval == 0
-            if due or stop > 0:
-                check(all(p.isfinite().all() for p in model.parameters()), "The weights are not "
-                      "numbers any more: lower --learning_rate, or use --precision fp32.")
             if due:
                 train_loss = estimate_loss(model, train_data, max_tokens=32_768)
                 val_loss = estimate_loss(model, val_data)
                 history.append({"iteration": step, "train_loss": train_loss, "val_loss": val_loss,
                                 "tokens": step * tokens, "seconds": time.perf_counter() - clock})
                 say(f"step {step:6,}: training loss {train_loss:.4f}, validation {val_loss:.4f}")
-                say(tokenizer.decode(model.generate(train_data[:1], 100, seed=1)[0]) + "\n")
             if RANK == 0 and (due or stop > 0):
                 state = {"iteration": step, "history": history, "train_config": asdict(config)}
                 states = [part.state_dict() for part in [*optimizers, scaler]]
@@ -627,6 +626,8 @@ def train(**flags):
                 if due and val_loss == min(row["val_loss"] for row in history):
                     save_checkpoint(ckpt, model, tokenizer, **state)
                 write_log(ckpt, history)
+                if due:
+                    say(tokenizer.decode(model.generate(train_data[:1], 100, seed=1)[0]) + "\n")
             if finished or stop > 0:
                 break
             loss = training_step(step, network, optimizers, scaler, train_data, config, precision)
@@ -638,8 +639,7 @@ def train(**flags):
     if not finished:
         say(f"Stopped after {step:,} steps. To continue, repeat the command with --resume.")
         raise KeyboardInterrupt(*received[:1])
-    say(f"The model with the lowest validation loss, {min(row['val_loss'] for row in history):.4f},"
-        f" is in {ckpt}. To generate text: python gpt.py --sample --ckpt {ckpt}")
+    say(f"The best model is in {ckpt}. To generate text: python gpt.py --sample --ckpt {ckpt}")
     return load_checkpoint(ckpt, device)[:2]
 
 

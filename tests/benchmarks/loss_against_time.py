@@ -7,10 +7,10 @@
 Writes notes/loss_against_time.csv and draws notes/loss_against_time.png. The runs follow one after
 the other; nothing else should run on the machine.
 
-nanoGPT: its train.py, unchanged, with the laptop recipe of its README to the end (2,000 steps); only
-the size differs. Ours: gpt.py with the `cpu` preset, the size, and as many steps as take half of
-nanoGPT's time: a short run before each run measures the time per step. The learning rate of both
-reaches its end within the run.
+nanoGPT: its train.py, unchanged, with the laptop recipe of its README to the end (2,000 steps);
+only the size differs. Ours: gpt.py with the `cpu` preset at the same size, for half of nanoGPT's
+time: a short run before each run measures the time per step. The learning rate of both reaches its
+end within the run.
 
 Losses of both sides are over the whole validation split, by gpt.estimate_loss; nanoGPT's weights
 are copied into our model for that. The time is that of training steps on both sides. A step that
@@ -113,25 +113,24 @@ def measure(args, folder):
     data = Path(folder) / "data/shakespeare_char"
     shutil.copy(args.text, data / "input.txt")
     subprocess.run([sys.executable, data / "prepare.py"], check=True, capture_output=True)
-    sides = [("nanoGPT", train_nanogpt, NANOGPT, commit(args.nanogpt)),
-             ("ours", train_ours, OURS, commit(ROOT))]
     table = []
-    for sizes in SIZES:
-        for (side, train, recipe, version), size in zip(sides, sizes, strict=True):
-            options = (train, folder, size, str(data / "input.txt"))
-            interval = NANOGPT_STEPS // EVALUATIONS
-            if side == "ours":
-                _, [(_, seconds, _)] = in_new_process(*options, 50, 50)
-                steps = 50 / seconds * OUR_SHARE * nanogpt_seconds
-                interval = max(1, round(steps / EVALUATIONS))
-            parameters, rows = in_new_process(*options, EVALUATIONS * interval, interval)
-            if side == "nanoGPT":
-                nanogpt_seconds = rows[-1][1]
-            for step, seconds, loss in rows:
-                print(f"{side:7} {parameters:9,} parameters, step {step:6,}: {seconds:6.1f} s, "
-                      f"validation loss {loss:.4f}", flush=True)
-                table.append([side, version, *[(recipe | size)[name] for name in COLUMNS[2:6]],
-                              parameters, step, f"{seconds:.1f}", f"{loss:.4f}"])
+
+    def run(side, train, recipe, version, size, steps, interval):
+        parameters, rows = in_new_process(train, folder, size, text, steps, interval)
+        for step, seconds, loss in rows:
+            print(f"{side:7} {parameters:9,} parameters, step {step:6,}: {seconds:6.1f} s, "
+                  f"validation loss {loss:.4f}", flush=True)
+            table.append([side, version, *[(recipe | size)[name] for name in COLUMNS[2:6]],
+                          parameters, step, f"{seconds:.1f}", f"{loss:.4f}"])
+        return rows[-1][1]  # seconds of the whole run
+
+    text = str(data / "input.txt")
+    for nanogpt_size, our_size in SIZES:
+        seconds = run("nanoGPT", train_nanogpt, NANOGPT, commit(args.nanogpt), nanogpt_size,
+                      NANOGPT_STEPS, NANOGPT_STEPS // EVALUATIONS)
+        _, [(_, short, _)] = in_new_process(train_ours, folder, our_size, text, 50, 50)
+        interval = max(1, round(OUR_SHARE * seconds / (short / 50) / EVALUATIONS))
+        run("ours", train_ours, OURS, commit(ROOT), our_size, EVALUATIONS * interval, interval)
     with open(args.csv, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *table])
 
