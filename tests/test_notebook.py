@@ -166,11 +166,22 @@ def find_exercises():
 
 
 EXERCISES = find_exercises()
+BLOCK_BODY = """        collected = self.attention(self.ln_1(x), rotation)  # communication
+        x = x + collected
+        computed = self.feed_forward(self.ln_2(x))  # computation
+        return x + computed
+"""
+MODEL_BODY = """        x = self.token_embedding(idx)  # (B, T) -> (B, T, C)
+        for block in self.blocks:
+            x = block(x, rotation)  # (B, T, C)
+        logits = self.lm_head(self.ln_f(x))"""
 # For each exercise: what to change in the solution, and a part of the hint that must come.
 WRONG = {
     1: [("keys > queries", "keys >= queries", "must see itself"),
         ("keys > queries", "keys <= queries", "inverted"),
         ("keys > queries", "keys < queries", "hides the past"),
+        ("keys > queries", "keys > queries + 1", "off by one: each position still sees"),
+        ("torch.arange(S - T, S)", "torch.arange(S - T + 1, S + 1)", "still sees the next one"),
         ("[:, None]", "", "queries a column"),
         ("keys > queries", "(keys > queries).float()", "compare positions with >"),
         ("torch.arange(S - T, S)", "torch.arange(T)", "LAST T positions")],
@@ -178,6 +189,9 @@ WRONG = {
         ("        scores = scores.masked_fill(causal_mask(T, T).to(x.device), float(\"-inf\"))\n",
          "", "mask is missing"),
         ("math.sqrt(hs)", "math.sqrt(x.size(-1))", "root of C"),
+        ("F.softmax(scores, dim=-1)", "F.softmax(scores * math.sqrt(hs), dim=-1) / math.sqrt(hs)",
+         "divide the scores BEFORE the softmax"),
+        ("return weights @ v", "return weights * v", "with a matrix product"),
         ("dim=-1)\n", "dim=-2)\n", "run over the keys"),
         ("q @ k.transpose", "k @ q.transpose", "exchanged"),
         ("q @ k.transpose(-2, -1)", "q @ k", "transpose the keys"),
@@ -228,18 +242,7 @@ WRONG = {
         ("torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)",
          "a * cos - b * sin, a * sin + b * cos", "into one tensor"),
         ("b * cos), dim=-1)", "b * cos), dim=-2)", "along the channels")],
-    5: [("unbiased=False, ", "", "unbiased=False"),
-        ("torch.sqrt(variance + self.eps)", "(variance + self.eps)", "root of the variance"),
-        ("(x - mean)", "x", "ubtract the mean first"),
-        ("self.weight * ", "", "multiply by self.weight"),
-        ("self.weight * ", "self.weight + ", "do not add"),
-        ("x.mean(dim=-1, keepdim=True)", "x.mean(dim=-1)", "keepdim=True"),
-        ("dim=-1", "dim=1", "channels of ONE position"),
-        ("self.eps)", "eps)", "self.eps"),
-        (" + self.eps", "", "add eps"),
-        ("return self.weight * (x - mean)", "x -= mean\n        return self.weight * x",
-         "not x -= mean")],
-    6: [("x = x + collected", "x = collected", "first residual connection"),
+    5: [("x = x + collected", "x = collected", "first residual connection"),
         ("return x + computed", "return computed", "second residual connection"),
         ("self.ln_2(x)", "self.ln_1(x)", "its own LayerNorm"),
         ("self.ln_2(x)", "x", "ln_2 is missing"),
@@ -250,8 +253,18 @@ WRONG = {
          "then the rotation"),
         ("(self.ln_2(x))", "(self.ln_2(x), rotation)", "feed_forward does not"),
         (", rotation)  # comm", ", *rotation)  # comm", "without a star"),
-        ("(self.ln_1(x), rotation)", "(self.ln_1(x))", "pass rotation on")],
-    7: [("x = block(x, rotation)", "x = block(x)", "rotation to every block"),
+        ("(self.ln_1(x), rotation)", "(self.ln_1(x))", "pass rotation on"),
+        ("return x + computed", "return x - collected + computed", "adds to the NEW x"),
+        (BLOCK_BODY, "        x = x + self.feed_forward(self.ln_2(x))\n"
+         "        return x + self.attention(self.ln_1(x), rotation)\n",
+         "first attention (with ln_1)"),
+        (BLOCK_BODY, "        x = x + self.feed_forward(self.ln_1(x))\n"
+         "        return x + self.attention(self.ln_2(x), rotation)\n", "order: first attention, "),
+        (BLOCK_BODY, "        x = x + self.ln_1(self.attention(x, rotation))\n"
+         "        return x + self.ln_2(self.feed_forward(x))\n", "what a part READS"),
+        (BLOCK_BODY, "        x = self.ln_1(x + self.attention(x, rotation))\n"
+         "        return self.ln_2(x + self.feed_forward(x))\n", "post-norm")],
+    6: [("x = block(x, rotation)", "x = block(x)", "rotation to every block"),
         ("x = block(x, rotation)", "block(x, rotation)", "is lost"),
         ("self.lm_head(self.ln_f(x))", "self.lm_head(x)", "ln_f"),
         ("self.ln_f(x))", "self.ln_f(x)).softmax(dim=-1)", "without a softmax"),
@@ -264,8 +277,25 @@ WRONG = {
         ("        if targets is None:\n            return logits, None\n", "", "no loss"),
         (".flatten(0, 1), targets.flatten()", ", targets", "flatten both"),
         ("        for block in self.blocks:\n            x = block", "        x = self.blocks",
-         "for block in self.blocks")],
-    8: [("    optimizer.zero_grad()\n", "", "add up"), ("    loss.backward()\n", "", "no gradient"),
+         "for block in self.blocks"),
+        ("x = block(x, rotation)", "x = x + block(x, rotation)", "not x + block"),
+        ("            x = block(x, rotation)  # (B, T, C)\n"
+         "        logits = self.lm_head(self.ln_f(x))",
+         "            x = self.ln_f(block(x, rotation))\n        logits = self.lm_head(x)",
+         "not inside it"),
+        ("x = block(x, rotation)", "x = self.ln_f(block(x, rotation))", "not inside it too"),
+        ("            x = block(x, rotation)  # (B, T, C)\n        logits",
+         "            x = block(x, rotation)\n            break\n        logits",
+         "only the first block"),
+        ("self.token_embedding(idx)", "self.ln_f(self.token_embedding(idx))",
+         "not before them too"),
+        (MODEL_BODY, "        x = self.ln_f(self.token_embedding(idx))\n"
+         "        for block in self.blocks:\n            x = block(x, rotation)\n"
+         "        logits = self.lm_head(x)", "not before them"),
+        ("self.rotation(idx)", "self.rotation", "call it once"),
+        ("logits.flatten(0, 1), targets.flatten()", "targets.flatten(), logits.flatten(0, 1)",
+         "logits first, then the targets")],
+    7: [("    optimizer.zero_grad()\n", "", "add up"), ("    loss.backward()\n", "", "no gradient"),
         ("    optimizer.step()\n", "", "did not move"), ("loss.item()", "loss", "return a number"),
         ("_, loss = model", "loss = model", "two things"),
         ("_, loss = model", "loss, _ = model", "SECOND thing"),
@@ -274,8 +304,14 @@ WRONG = {
          "    _, loss = model(x, y)\n    loss.backward()\n    optimizer.zero_grad()\n",
          "before it, not after"),
         ("    return loss.item()", "", "return the loss"),
+        ("    loss.backward()\n    optimizer.step()\n",
+         "    optimizer.step()\n    loss.backward()\n", "step() after backward()"),
+        ("    optimizer.zero_grad()\n    _, loss = model(x, y)\n    loss.backward()\n"
+         "    optimizer.step()\n", "    _, loss = model(x, y)\n    optimizer.zero_grad()\n"
+         "    loss.backward()\n    optimizer.step()\n    _, loss = model(x, y)\n",
+         "BEFORE the step"),
         ("return loss.item()", "return model(x, y)[1].item()", "BEFORE the step")],
-    9: [("return kept / kept.sum()", "return kept", "must sum to 1"),
+    8: [("return kept / kept.sum()", "return kept", "must sum to 1"),
         ("return kept / kept.sum()", "return kept / p", "not by p"),
         ("return kept / kept.sum()", "return kept.softmax(0)", "divide by the sum"),
         ("values.cumsum(dim=0) - values", "values.cumsum(dim=0)", "crosses p stays"),
@@ -286,9 +322,10 @@ WRONG = {
         ("cumsum(dim=0)", "cumsum()", "needs the dimension"),
         ("values.masked_fill(likelier >= p, 0.0)", "values[likelier < p]", "ALL V values"),
         ("return kept / kept.sum()", "return kept, order", "one tensor")],
-    10: [("idx[:, -block_size:]", "idx", "cut the context"),
+    9: [("idx[:, -block_size:]", "idx", "cut the context"),
         ("idx[:, -block_size:]", "idx[:, :block_size]", "LAST block_size"),
         ("idx[:, -block_size:]", "idx[:, -1:]", "not fewer"),
+        ("idx[:, -block_size:]", "idx[-block_size:]", "cuts whole sequences away"),
         ("logits[:, -1]", "logits[:, 0]", "LAST"),
         ("logits[:, -1]", "logits", "last position only"),
         (".softmax(dim=-1)", "", "softmax before multinomial"),
@@ -302,11 +339,13 @@ WRONG = {
         ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1)", "must be (B, 1)"),
         ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1, keepdim=True)",
          "multinomial")],
-    11: [("dim=2", "dim=1", "dim=2"), ("[layer]", "[0]", "each layer has its own"),
+    10: [("dim=2", "dim=1", "dim=2"), ("[layer]", "[0]", "each layer has its own"),
          ("torch.cat((self.keys[layer], k)", "torch.cat((k, self.keys[layer])", "at the END"),
          ("if self.keys[layer] is not None", "if self.keys[layer]", "no condition"),
          ("if self.keys[layer] is not None", "if True", "at first nothing is stored"),
          ("        self.keys[layer], self.values[layer] = k, v\n", "", "ALL keys and values"),
+         ("self.keys[layer], self.values[layer] = k, v", "self.keys, self.values = k, v",
+          "one entry for each layer"),
          ("return k, v", "return k", "two things"),
          ("return k, v", "return v, k", "in this order"),
          ("        return k, v", "        self.length += k.size(2)\n        return k, v",
@@ -329,7 +368,7 @@ def space():
             exec(HELPERS, names)
     finally:
         os.chdir(folder)
-    given = ("class MyMultiHead", "class MyFeedForward", "def my_angles")
+    given = ("class MyMultiHead", "class MyLayerNorm", "class MyFeedForward", "def my_angles")
     parts = [cell.source for cell in CODE if cell.source.startswith(given)]
     assert len(parts) == len(given)
     for number in sorted(EXERCISES):  # later exercises use earlier parts
@@ -393,22 +432,26 @@ def test_a_right_answer_is_used(space, capsys):
     assert "the solution" in capsys.readouterr().out
 
 
-def test_a_part_in_place_is_not_used_as_reference(space):
-    """A wrong LayerNorm, left over from exercise 5, is named by exercises 6 and 7."""
-    class InPlace(space["MyLayerNorm"]):
-        def forward(self, x):
-            x *= 2  # the normalised result is the same, the residual stream is not
-            return super().forward(x)
-    names, printed = {**space, "MyLayerNorm": InPlace}, io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        for number in (6, 7):
-            name = checker_and_name(number)[1]
-            exec(EXERCISES[number][0], names)  # defines the part again, with this LayerNorm
-            exec(EXERCISES[number][1].split(f"\n\n{name} = choose")[0], names)
-            names[name] = names[name.replace("My", "Solution")]
-            print("verdict", names["run_checker"](names[checker_and_name(number)[0]], names[name]))
-    verdicts = [line for line in printed.getvalue().splitlines() if line.startswith("verdict")]
-    assert "exercise 5" in verdicts[0] and "exercises 5 and 6" in verdicts[1], verdicts
+def test_a_wrong_block_is_not_used_as_reference(space):
+    """A wrong block, left over from exercise 5, is named by exercise 6."""
+    class Wrong(space["MyBlock"]):
+        def forward(self, x, rotation=None):
+            return 2 * super().forward(x, rotation)
+    names = {**space, "MyBlock": Wrong}
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(EXERCISES[6][0], names)  # defines MyGPT again, with this block
+        exec(EXERCISES[6][1].split("\n\nMyGPT = choose")[0], names)
+    verdict = names["run_checker"](names["check_gpt"], names["SolutionGPT"])
+    assert "exercise 5" in verdict, verdict
+
+
+@pytest.mark.parametrize("guess, close", [(8, True), ("8", True), (8.4, False), ("four", None),
+                                          (..., None)])
+def test_a_guess_may_be_a_number_or_its_text(space, capsys, guess, close):
+    space["GUESSES"].clear()
+    space["score_guess"]("examples", guess, 8)
+    assert space["GUESSES"].get("examples") is close
+    assert ("No guess" in capsys.readouterr().out) == (close is None)
 
 
 def test_predictions_do_not_stand_beside_their_answers():
