@@ -7,8 +7,7 @@
     Block:  x --+--> LayerNorm -> MultiHeadAttention --(+)--+--> LayerNorm -> FeedForward --(+)--> x
                 +---------------------------------------+   +---------------------------------+
 Shapes: B sequences in a batch, T positions, C channels (n_embd numbers) at each position, nh heads
-of hs = C / nh channels, V tokens in the vocabulary. Read sections 2 and 3 and training_step first;
-the rest generates text and makes a reliable program. GPT-2's weights: notes/gpt2.py.
+of hs = C / nh channels, V tokens. Read first: sections 2, 3, training_step. GPT-2: notes/gpt2.py.
 """
 # /// script
 # requires-python = ">=3.10"  # `uv run gpt.py` reads these lines and installs the packages
@@ -62,7 +61,7 @@ class GPTConfig:
 
 # ------------------------------------------------------------------------------- 2. text to tokens
 class CharTokenizer:
-    """The simplest tokenizer: every distinct character of the training text is a token."""
+    """The simplest tokenizer: every distinct character of the text is a token."""
     def __init__(self, stoi):
         self.stoi = stoi  # string to integer: the id of each character
         self.itos = {i: character for character, i in stoi.items()}  # integer to string
@@ -141,18 +140,19 @@ class Head(nn.Module):
         weights = F.softmax(scores, dim=-1)  # exp(score) / sum of the row: exp(-inf) is 0
         return weights @ v, weights  # (T, S) @ (S, hs) -> (T, hs)
 
+def rotate(x, cos, sin):
+    """Rotary positions (RoFormer, arXiv 2104.09864). Attention alone knows no order. But a query
+    turned by angle m and a key turned by n have a dot product that depends on m - n, how far apart
+    they are. So turn each pair of channels of x (..., T, hs) by an angle for each position."""
+    a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
+
 def rotary_angles(positions, hs, dtype):
-    """Rotary positions (RoFormer, arXiv 2104.09864): (T,) -> cosines and sines, (T, hs/2) each."""
-    # Each pair of channels has its own speed, from 1 radian a position down to almost 1/10000.
+    """Positions (T,) -> cosines and sines of the angles, (T, hs/2) each. Each pair of channels has
+    its own speed, from 1 radian a position down to almost 1/10000."""
     speeds = 10000 ** (-torch.arange(0, hs, 2, device=positions.device) / hs)  # (hs/2,)
     angles = positions[:, None] * speeds  # (T, 1) * (hs/2,) -> (T, hs/2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-def rotate(x, cos, sin):
-    """Rotate each pair of channels of x (..., T, hs) by its angle. The dot product of a query
-    turned by m and a key by n depends on m - n, their distance. Attention alone knows no order."""
-    a, b = x.chunk(2, dim=-1)  # channels i and i + hs/2 are a pair: (..., T, hs/2) each
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)  # (..., T, hs)
 
 class MultiHeadAttention(nn.Module):
     """Communication: several heads look at the past at once, each looks for something else."""
@@ -195,7 +195,7 @@ class MultiHeadAttention(nn.Module):
 
 class FeedForward(nn.Module):
     """Computation: every position works by itself on what it has collected."""
-    activations = {"gelu": nn.GELU("tanh"), "relu": nn.ReLU(),  # GPT-2's and the lecture's
+    activations = {"gelu": nn.GELU("tanh"), "relu": nn.ReLU(),  # GPT-2's; the first Transformer's
                    "relu2": lambda x: F.relu(x).square()}  # "Primer", arXiv 2109.08668
 
     def __init__(self, config):
@@ -240,8 +240,8 @@ class GPTLanguageModel(nn.Module):
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
-        # Output layers start at zero (if tied, small): a block adds nothing, all tokens are equally
-        # likely. They still train: first lm_head has a gradient, then proj and down, then the rest.
+        # Output layers start at zero (tied: small): blocks add nothing, all tokens equally likely.
+        # They still train: lm_head gets a gradient first, then proj, down and embeddings, then all.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -305,8 +305,8 @@ class SampleConfig:
     seed: int = option(0, "the same seed gives the same text; 0: a new one each time")
 
 class KVCache:
-    """The keys and values of the tokens read so far. No later token changes them: the mask lets no
-    position look at later ones. So each new token is read alone, and the result is the same."""
+    """The rotated keys and the values of the tokens read so far. The mask keeps later tokens from
+    changing them, so a new token is read alone, with the same result, until the cache is full."""
     def __init__(self, model, batch_size):
         c = model.config
         shape = (c.n_layer, batch_size, c.n_head, c.block_size, c.n_embd // c.n_head)
@@ -356,7 +356,7 @@ def generate_tokens(model, tokens, config):
         unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
         tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
         yield unread
-        if cache.length == block_size:  # full: forget it, reread the last half from position 0
+        if cache.length == block_size:  # full: begin anew with the last half, from position 0
             cache.length = 0
             unread = tokens[:, -max(1, block_size // 2) :]
 
@@ -365,7 +365,7 @@ def generate_tokens(model, tokens, config):
 LARGER = dict(n_layer=6, block_size=256, batch_size=16, max_iters=3400)
 PRESETS = {  # what differs from the defaults; README.md says how long each takes, to which loss
     "cpu": dict(),
-    "laptop": LARGER | dict(n_embd=256, dropout=0.1, weight_decay=2.0),
+    "laptop": LARGER | dict(n_embd=256, dropout=0.1, weight_decay=2.0),  # less memorising
     "gpu": LARGER | dict(n_head=6, n_embd=384, dropout=0.1, weight_decay=2.0),
     "lecture": LARGER | dict(n_head=6, n_embd=384, dropout=0.2, bias=True, positions="learned",
                              activation="relu", qk_norm=False, batch_size=64, max_iters=5000,
@@ -509,7 +509,7 @@ def write_log(ckpt, history):
         axes = Figure(figsize=(7, 4), layout="constrained").subplots()
         axes.plot([row["iteration"] for row in history],
                   [(row["train_loss"], row["val_loss"]) for row in history])
-        axes.set(xlabel="step", ylabel="loss (nats per token)")
+        axes.set(xlabel="step", ylabel="loss")
         axes.legend(["training loss", "validation loss"])
         axes.figure.savefig(ckpt.with_suffix(".png"), dpi=100)
 
@@ -539,7 +539,7 @@ def configure(flags, known, resuming):
     return TrainConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in options.items()})
 
 def training_step(step, model, optimizers, scaler, data, config, precision):
-    """One optimizer step. Returns the loss of the last forward pass. Without the options it is:
+    """One optimizer step. Returns the loss of the last forward pass. Without options: get_batch;
     loss = model(x, y)[1]; loss.backward(); optimizer.step(); optimizer.zero_grad()"""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -551,7 +551,7 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
     for i in range(passes):
         x, y = get_batch(data, starts[i, RANK], T)  # batch: (B, T) each
         with torch.autocast(data.device.type, precision, enabled=precision != torch.float32):
-            _, loss = model(x, y)  # forward
+            _, loss = model(x, y)  # forward, with products in the number format `precision`
         part = loss / passes  # backward adds up gradients: this makes the sum a mean
         scaler.scale(part).backward()  # backward; in fp16 scaled up, as small gradients would be 0
     if WORLD > 1:  # each process has the gradients of its part: take the mean
@@ -560,9 +560,9 @@ def training_step(step, model, optimizers, scaler, data, config, precision):
             p.grad /= WORLD
     for optimizer in optimizers:
         scaler.unscale_(optimizer)  # the gradients as they were before scaling
-    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one bad batch cannot do much harm
+    length = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # a bad batch can do little harm
     for optimizer in optimizers:
-        if precision != torch.float16 or norm.isfinite():  # in fp16 a gradient can overflow
+        if precision != torch.float16 or length.isfinite():  # an overflow in fp16: no step at all
             scaler.step(optimizer)  # step: optimizer.step()
         optimizer.zero_grad()
     scaler.update()
