@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # read at import
@@ -34,21 +32,21 @@ RUN = TINY | dict(data="text.txt", ckpt="run.pt", device="cpu", precision="fp32"
 each_position = pytest.mark.parametrize("positions", ["rotary", "learned"])
 each_kernel = pytest.mark.parametrize("attention", ["fused", "explicit"])
 
-
 def tokens(*shape):
     """Random ids for a model of make_model."""
     return torch.randint(13, shape)
 
+def assert_close(found, expected):
+    """The two tensors are equal to 1e-10: for float64."""
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 def alphabet(text):
     """The tokenizer that load_data makes for a text."""
     return gpt.CharTokenizer({character: i for i, character in enumerate(sorted(set(text)))})
 
-
 def stored(name="run.resume.pt"):
     """What a file holds, read without gpt.py."""
     return torch.load(name, weights_only=True, map_location="cpu")
-
 
 def as_flags(options):
     """{"n_layer": 1, "bias": True} -> ["--n_layer", "1", "--bias"]"""
@@ -57,18 +55,10 @@ def as_flags(options):
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return flags
 
-
-def run(*words, **kwargs):
-    """Run `python gpt.py WORDS...` as a user does; returns the finished process."""
-    command = [sys.executable, str(ROOT / "gpt.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", **kwargs)
-
-
 @pytest.fixture(autouse=True)
 def _seed():
     """Every test starts from the same random numbers, whichever ran before."""
     torch.manual_seed(0)
-
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -77,13 +67,23 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     return tmp_path
 
-
 @pytest.fixture
 def no_picture(monkeypatch):
     """Do not draw the losses: that takes most of a tiny run's time."""
     monkeypatch.setattr("matplotlib.figure.Figure.savefig",
                         lambda self, path, **options: Path(path).write_bytes(b"picture"))
 
+@pytest.fixture
+def before_step(monkeypatch):
+    """before_step(action): call action(step, model) at the beginning of every training step."""
+    real = gpt.training_step
+
+    def plan(action):
+        def act_and_step(step, model, *args):
+            action(step, model)
+            return real(step, model, *args)
+        monkeypatch.setattr(gpt, "training_step", act_and_step)
+    return plan
 
 @pytest.fixture
 def make_model():
@@ -100,7 +100,6 @@ def make_model():
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
         return model.eval()
     return make
-
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
