@@ -1,17 +1,15 @@
 """The changes of notes/experiments.md: each applies to gpt.py, trains, and does what it says."""
 
-import csv
 import importlib.util
 import re
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, RUN, stored
 
 NOTE = (ROOT / "notes/experiments.md").read_text(encoding="utf-8")
 EXPERIMENTS = dict(re.findall(r"## \d\. ([^\n]+)\n.*?```diff\n(.*?)```", NOTE, re.DOTALL))
-
 
 def apply(diff, source):
     """Replace the lines of each hunk. What a hunk replaces must occur exactly once in the file.
@@ -28,80 +26,60 @@ def apply(diff, source):
             source = source.replace(old, new)
     return source
 
-
 @pytest.fixture
-def changed(folder):
+def changed(folder, no_picture, monkeypatch):
     """changed(diff): gpt.py with this change, as a module; changed() is the unchanged file."""
-    names = []
-
     def load(diff=""):
-        path = folder / f"experiment_{len(names)}.py"
+        name = "changed" if diff else "unchanged"
+        path = folder / f"{name}.py"
         source = (ROOT / "gpt.py").read_text(encoding="utf-8")
         path.write_text(apply(diff, source), encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
-        names.append(path.stem)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
         return module
-    yield load
-    for name in names:
-        del sys.modules[name]
-
+    return load
 
 def losses(module):
     """The validation loss before and after 20 steps of a tiny model."""
-    options = TINY | dict(data="text.txt", device="cpu", n_layer=2, n_embd=32, batch_size=8,
-                          max_iters=20, eval_interval=20)
-    module.train(**options, ckpt=f"{module.__name__}.pt")
-    with open(f"{module.__name__}.csv", encoding="utf-8") as file:
-        return [float(row["val_loss"]) for row in csv.DictReader(file)]
-
-
-def test_the_note_has_eight_experiments():
-    assert len(EXPERIMENTS) == 8
-
+    name = module.__name__
+    module.train(**RUN | dict(n_layer=2, n_embd=32, batch_size=8, max_iters=20, eval_interval=20,
+                              ckpt=f"{name}.pt"))
+    return [row["val_loss"] for row in stored(f"{name}.resume.pt")["history"]]
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_change_applies_and_trains(changed, name):
-    added = re.findall(r"^\+", EXPERIMENTS[name], re.MULTILINE)
-    assert len(added) <= 10
     before, after = losses(changed(EXPERIMENTS[name]))
     assert after < before - 0.1
     _, unchanged = losses(changed())
     assert after != unchanged  # the changed lines are used
-
 
 def test_without_residual_connections_our_initialisation_never_trains(changed):
     diff = EXPERIMENTS["No residual connections"].split("@@ Block.forward\n")[1]
     before, after = losses(changed(diff))
     assert after == pytest.approx(before, abs=1e-6)
 
-
-def logits(module, ids):
+def random_model(module):
+    """A tiny model in which each weight has an effect."""
     torch.manual_seed(0)
     model = module.GPTLanguageModel(module.GPTConfig(
-        n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=13)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-        return model(torch.tensor([ids]))[0][0]
+        n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=13))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
 
-
-def test_without_the_mask_the_first_position_sees_the_last_token(changed):
-    module = changed(EXPERIMENTS["No mask"])
-    assert not torch.allclose(logits(module, [1, 2, 3])[0], logits(module, [1, 2, 4])[0])
-    module = changed()
-    assert torch.equal(logits(module, [1, 2, 3])[0], logits(module, [1, 2, 4])[0])
-
+@pytest.mark.parametrize("diff, sees", [("", False), (EXPERIMENTS["No mask"], True)],
+                         ids=["gpt.py", "no mask"])
+def test_without_the_mask_the_first_position_sees_the_last_token(changed, diff, sees):
+    model = random_model(changed(diff))
+    logits, _ = model(torch.tensor([[1, 2, 3], [1, 2, 4]]))
+    assert torch.allclose(logits[0, 0], logits[1, 0]) != sees
 
 def test_grouped_queries_generate_the_same_with_and_without_the_cache(changed):
     module = changed(EXPERIMENTS["Grouped-query attention"])
-    torch.manual_seed(0)
-    config = module.GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=13)
-    model = module.GPTLanguageModel(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+    model = random_model(module)
     ids = model.generate([1, 2], 8, temperature=0.0)
     for length in range(2, 10):
         assert model(ids[:, :length])[0][0, -1].argmax() == ids[0, length]
-    assert module.KVCache(model, 1).store.size(3) == 1  # half of the heads
+    assert module.KVCache(model, 1).keys.size(2) == 1  # half of the heads
