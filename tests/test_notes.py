@@ -2,7 +2,6 @@
 import contextlib
 import doctest
 import io
-import json
 import re
 import shlex
 import socket
@@ -14,8 +13,8 @@ import gpt
 
 NOTES = sorted((ROOT / "notes").glob("*.md"))
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+each_note = pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
 NEEDS_NETWORK = {"--data shakespeare", "--tokenizer gpt2"}
-
 
 def run_python_blocks(text):
     """Run the Python blocks in one namespace. A ```text block right after one is its output."""
@@ -33,18 +32,15 @@ def run_python_blocks(text):
             assert same, f"the note says:\n{code}\nbut its code prints:\n{printed}"
         end = block.end()
 
-
 def commands(text):
     """The lines of the bash blocks, without their comments; a \\ continues a line."""
     code = "\n".join(code for language, code in BLOCK.findall(text) if language == "bash")
     lines = code.replace("\\\n", " ").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
-
 def gpt_arguments(text):
     """What follows gpt.py in each command that runs it."""
     return [words[words.index("gpt.py") + 1 :] for words in commands(text) if "gpt.py" in words]
-
 
 @pytest.fixture
 def offline(tmp_path, monkeypatch):
@@ -57,13 +53,11 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     return tmp_path
 
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+@each_note
 def test_the_python_code_prints_what_the_note_says(note, offline):
     run_python_blocks(note.read_text(encoding="utf-8"))
 
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+@each_note
 def test_the_commands_have_existing_flags(note):
     for arguments in gpt_arguments(note.read_text(encoding="utf-8")):
         if "--help" not in arguments:
@@ -72,8 +66,7 @@ def test_the_commands_have_existing_flags(note):
         for script in [word for word in words if re.fullmatch(r"(notes|tests)/[\w/]+\.py", word)]:
             assert (ROOT / script).exists(), script
 
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+@each_note
 def test_the_files_that_a_note_names_exist(note):
     text = BLOCK.sub("", note.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
@@ -81,44 +74,13 @@ def test_the_files_that_a_note_names_exist(note):
     for path in re.findall(r"`((?:checkpoints|notes|tests)/[\w/]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
 
-
-def anchors(text):
-    """The anchors that GitHub gives to the headings of a note."""
-    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text), re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
-def test_the_headings_that_a_note_links_to_exist(note):
-    text = BLOCK.sub("", note.read_text(encoding="utf-8"))
-    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", text):
-        linked = note.parent / target if target else note
-        assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{target}#{anchor}"
-
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
-def test_the_sections_of_the_notebook_have_the_numbers_that_a_note_gives(note):
-    """In words such as "sections 4 (attention) and 5 (many heads)"."""
-    cells = json.loads((ROOT / "gpt_walkthrough.ipynb").read_text(encoding="utf-8"))["cells"]
-    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    titles = dict(re.findall(r"^## (\d+)\. (.*)$", text, re.M))
-    for paragraph in note.read_text(encoding="utf-8").split("\n\n"):
-        _, linked, words = paragraph.partition("(../gpt_walkthrough.ipynb)")
-        if linked:
-            sections = re.findall(r"(\d+) \(([^)]+)\)", words.replace("\n", " "))
-            assert sections
-            for number, name in sections:
-                assert name.lower() in titles[number].lower(), f"{number} ({name})"
-
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+@each_note
 def test_the_tests_that_a_note_names_exist(note):
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
     for name in re.findall(r"`(test_\w+)`", note.read_text(encoding="utf-8")):
         assert f"\ndef {name}(" in tests, name
 
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
+@each_note
 def test_the_names_in_code_style_that_look_like_flags_exist(note):
     """A renamed option must be renamed in the words too."""
     known = {f"--{name}" for config in (gpt.TrainConfig, gpt.SampleConfig)
@@ -128,20 +90,3 @@ def test_the_names_in_code_style_that_look_like_flags_exist(note):
     known |= {"--train", "--sample", "--help", "--nproc_per_node"}
     for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", note.read_text(encoding="utf-8")):
         assert flag in known or flag.replace("--no-", "--") in known, flag
-
-
-@pytest.mark.parametrize("note", NOTES, ids=lambda note: note.name)
-def test_a_figure_that_a_note_draws_is_the_figure_that_it_shows(note):
-    """The code saves it in the current folder; the note shows the file that was kept."""
-    text = note.read_text(encoding="utf-8")
-    for name in re.findall(r'savefig\("([\w.]+)"', text):
-        shown = re.search(rf"\]\(((?:\.\./checkpoints/)?{re.escape(name)})\)", text)
-        assert (note.parent / shown[1]).exists()
-
-
-def test_a_wrong_output_is_found():
-    """Otherwise the tests above could not fail."""
-    note = "```python\nprint(1)\n```\n```text\n{}\n```\n"
-    run_python_blocks(note.format(1))
-    with pytest.raises(AssertionError):
-        run_python_blocks(note.format(2))
