@@ -21,12 +21,10 @@ def test_characters_are_encoded_and_decoded(text):
     assert tokenizer.vocab_size == len(set(text))
     assert tokenizer.decode(ids) == tokenizer.decode(torch.tensor(ids)) == text
 
-
 def test_the_ids_are_those_of_the_dictionary():
     tokenizer = CharTokenizer({"b": 0, "a": 1, "\n": 2})
     assert tokenizer.encode("ab\nb") == [1, 0, 2, 0]
     assert tokenizer.itos == {0: "b", 1: "a", 2: "\n"}
-
 
 def test_unknown_characters_are_named_in_a_short_message():
     """A model may know 5,000 characters: the unknown ones come first."""
@@ -45,20 +43,10 @@ def test_gpt2s_tokens(bpe):
     for text in ("", "a  b\n\n\tc", "naïve 你好 😀", TEXT):
         assert bpe.decode(torch.tensor(bpe.encode(text)).int()) == text
 
-
 def test_a_text_file_in_gpt2s_tokens(folder, bpe):
     tokenizer, train, val = load_data("text.txt", "gpt2")
     assert tokenizer.decode(train) + tokenizer.decode(val) == TEXT
     assert len(train) + len(val) < len(TEXT) / 2
-
-
-def test_without_a_network_the_message_says_where_to_put_the_tables(tmp_path, monkeypatch):
-    """The fixture bpe follows the guide that is named."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("requests.get", None)
-    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
-    with pytest.raises(UserError, match="notes/gpt2_guide.md"):
-        gpt.BPETokenizer()
 
 
 # --------------------------------------------------------------------------------------- load_data
@@ -68,7 +56,6 @@ def test_the_last_tenth_is_for_validation(folder):
     assert tokenizer.decode(train) + tokenizer.decode(val) == TEXT
     assert list(tokenizer.stoi) == sorted(set(TEXT))  # the same text gives the same ids everywhere
 
-
 @pytest.mark.parametrize("mark, newline", [(b"", b"\n"), (b"\xef\xbb\xbf", b"\r\n")])
 def test_utf8_as_editors_save_it(folder, mark, newline):
     """Windows adds a byte-order mark and has line ends of its own."""
@@ -76,7 +63,6 @@ def test_utf8_as_editors_save_it(folder, mark, newline):
     Path("text.txt").write_bytes(mark + text.encode().replace(b"\n", newline))
     tokenizer, train, val = load_data("text.txt", "char")
     assert tokenizer.decode(train) + tokenizer.decode(val) == text
-
 
 @pytest.mark.parametrize("content", [
     TEXT.encode("utf-16"), TEXT.encode("utf-16-le"), "Füße ".encode("latin-1"), b"a binary\0file"],
@@ -86,14 +72,12 @@ def test_other_files_are_refused(folder, content):
     with pytest.raises(UserError, match=r"text\.txt.*UTF-8"):
         load_data("text.txt", "char")
 
-
 def test_a_tokenizer_keeps_its_ids(folder):
     """For fine-tuning: the ids are those of the model."""
     old = CharTokenizer({character: i for i, character in enumerate("zyx" + "".join(set(TEXT)))})
     tokenizer, train, val = load_data("text.txt", old)
     assert tokenizer is old
     assert train.tolist() + val.tolist() == old.encode(TEXT)
-
 
 def test_paths(folder, monkeypatch):
     """~ is the home folder. Without a name it is input.txt, the text that comes with gpt.py."""
@@ -103,7 +87,6 @@ def test_paths(folder, monkeypatch):
     assert load_data("~/input.txt", "char")[0].vocab_size == 3
     assert load_data("input.txt", "char")[0].vocab_size == 3
     assert load_data("", "char")[0].vocab_size == 62
-
 
 def test_shakespeare_is_downloaded_once_and_checked(folder, monkeypatch):
     address = folder / "text.txt"
@@ -117,7 +100,6 @@ def test_shakespeare_is_downloaded_once_and_checked(folder, monkeypatch):
     address.unlink()  # the second time there is nothing to download
     tokenizer, train, val = load_data("shakespeare", "char")
     assert tokenizer.decode(train) + tokenizer.decode(val) == TEXT
-
 
 def test_the_shipped_text_is_encoded_quickly():
     start = time.process_time()
