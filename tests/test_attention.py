@@ -117,6 +117,8 @@ def test_rotation_is_a_product_of_complex_numbers():
     z = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
     expected = torch.cat((z.real, z.imag), dim=-1)
     torch.testing.assert_close(rotate(x, cos, sin), expected, rtol=1e-5, atol=1e-5)
+    cos, _ = rotary_angles(positions, 8, torch.bfloat16)
+    assert (cos - angles.cos()).abs().max() < 0.004  # the angles themselves are not rounded
 
 def test_dot_products_depend_on_the_distance():
     """One query and one key at every position: one position later, the products are the same."""

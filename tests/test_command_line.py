@@ -190,6 +190,15 @@ def test_a_log_has_every_line_when_it_is_printed():
     assert "--resume" in Path("log.txt").read_text()
     assert stored()["iteration"] > 0
 
+def test_variables_of_torchrun_without_torchrun_are_ignored():
+    """Also: a console that knows ASCII only gets a question mark, not a crash."""
+    Path("text.txt").write_text(TEXT.replace("cat", "çät"), encoding="utf-8")
+    env = dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    command = [sys.executable, ROOT / "gpt.py", "--train", *as_flags(RUN)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
+    assert done.returncode == 0
+    assert "?" in done.stdout
+
 def test_the_program_exits_with_the_code_of_main():
     """2 after a mistake, with one line on stderr."""
     command = [sys.executable, ROOT / "gpt.py", "--train", "--data", "nowhere.txt"]

@@ -175,6 +175,15 @@ def test_the_signal_handlers_come_back(before_step, number):
     finally:
         signal.signal(number, old)
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_an_ignored_sighup_stays_ignored(before_step):
+    """nohup: the terminal goes away, the run does not."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before_step(lambda step, model: os.kill(os.getpid(), signal.SIGHUP))
+    gpt.train(**RUN)
+    signal.signal(signal.SIGHUP, old)
+    assert stored()["iteration"] == 6
+
 def test_a_terminal_that_went_away_does_not_end_a_run(monkeypatch):
     def closed(*args, **options):
         raise OSError(5, "Input/output error")
