@@ -8,6 +8,7 @@ import base64
 import contextlib
 import io
 import json
+import linecache
 import os
 import re
 import shutil
@@ -175,6 +176,9 @@ MODEL_BODY = """        x = self.token_embedding(idx)  # (B, T) -> (B, T, C)
         for block in self.blocks:
             x = block(x, rotation)  # (B, T, C)
         logits = self.lm_head(self.ln_f(x))"""
+GENERATE_BODY = EXERCISES[9][1].split("block_size):\n", 1)[1].split("\n\n")[0] + "\n"
+SPLIT = """    qkv = qkv.view(B, T, 3, nh, C3 // 3 // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
+    return qkv.permute(2, 0, 3, 1, 4)  # -> (3, B, nh, T, hs)"""
 # For each exercise: what to change in the solution, and a part of the hint that must come.
 WRONG = {
     1: [("keys > queries", "keys >= queries", "must see itself"),
@@ -205,6 +209,10 @@ WRONG = {
         ("T, hs = q.shape[-2:]", "B, T, hs = q.shape", "without a batch"),
         ("T, hs = q.shape[-2:]", "T = q.size(-2)", "last dimension of q"),
         ("k.transpose(-2, -1)", "k.T", "may be (B, T, C)"),
+        ("T, hs = q.shape[-2:]", "T, hs = x.shape[1], q.size(-1)", "x.shape[1] is C"),
+        ("T, hs = q.shape[-2:]", "T = hs = q.shape[1]", "yours is hs"),
+        ("self.W_q(x)", "x @ self.W_q.weight", "call it, self.W_q(x)"),
+        ("self.W_q(x)", "x @ self.W_q", "call it, self.W_q(x)"),
         ("        weights = F.softmax(scores, dim=-1)\n", "        weights = scores\n",
          "softmax is missing")],
     3: [("(2, 0, 3, 1, 4)", "(2, 0, 1, 3, 4)", "positions come before heads"),
@@ -214,7 +222,20 @@ WRONG = {
         ("3, nh, C3 // 3 // nh", "nh, 3, C3 // 3 // nh", "first q, k, v"),
         ("C3 // 3 // nh", "C3 // nh", "sizes in view must multiply"),
         ("C3 // 3 // nh", "C3 / 3 / nh", "whole numbers"),
-        ("(2, 0, 3, 1, 4)", "(2, 0, 3, 1)", "all five")],
+        ("(2, 0, 3, 1, 4)", "(2, 0, 3, 1)", "all five"),
+        (SPLIT, "    qkv = qkv.chunk(3, dim=-1)\n"
+         "    return torch.stack([t.view(B, nh, T, -1) for t in qkv])", "B and T come first"),
+        (SPLIT, "    qkv = qkv.chunk(3, dim=-1)\n"
+         "    return torch.stack([t.reshape(B, nh, T, -1) for t in qkv])", "T comes before nh"),
+        (SPLIT, "    return qkv.view(B, T, nh, -1, 3).permute(4, 0, 2, 1, 3)", "the 3 (queries"),
+        (".transpose(1, 2).flatten(2)", ".flatten(2)", "so that T comes before nh"),
+        (".transpose(1, 2).flatten(2)", ".flatten(1, 2)", "so that T comes before nh"),
+        (".flatten(2)", "", "now flatten"),
+        (".flatten(2)", ".flatten(1)", "only the last two"),
+        (".flatten(2)", ".view(out.size(0), out.size(2), -1)", "view is not possible"),
+        (".transpose(1, 2).flatten(2)", ".reshape(out.size(0), out.size(2), -1)",
+         "without the transpose"),
+        (".transpose(1, 2).flatten(2)", ".permute(0, 2, 3, 1).flatten(2)", "stay together")],
     4: [("a * cos - b * sin", "a * cos + b * sin", "first half has a minus"),
         ("a * sin + b * cos", "a * sin - b * cos", "second half has a plus"),
         ("a * cos - b * sin, a * sin + b * cos", "a * cos + b * sin, b * cos - a * sin",
@@ -253,6 +274,8 @@ WRONG = {
          "then the rotation"),
         ("(self.ln_2(x))", "(self.ln_2(x), rotation)", "feed_forward does not"),
         (", rotation)  # comm", ", *rotation)  # comm", "without a star"),
+        ("attention(self.ln_1(x), rotation)", "attention(my_rotate(self.ln_1(x), *rotation))",
+         "only queries and keys are"),
         ("(self.ln_1(x), rotation)", "(self.ln_1(x))", "pass rotation on"),
         ("return x + computed", "return x - collected + computed", "adds to the NEW x"),
         (BLOCK_BODY, "        x = x + self.feed_forward(self.ln_2(x))\n"
@@ -293,6 +316,17 @@ WRONG = {
          "        for block in self.blocks:\n            x = block(x, rotation)\n"
          "        logits = self.lm_head(x)", "not before them"),
         ("self.rotation(idx)", "self.rotation", "call it once"),
+        ("        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())",
+         "        logits = logits.flatten(0, 1)\n"
+         "        return logits, F.cross_entropy(logits, targets.flatten())", "inside the call"),
+        ("        if targets is None:\n            return logits, None\n        return logits, "
+         "F.cross_entropy(logits.flatten(0, 1), targets.flatten())",
+         "        loss = None\n        if targets:\n            loss = F.cross_entropy("
+         "logits.flatten(0, 1), targets.flatten())\n        return logits, loss",
+         "if targets is None"),
+        ("logits.flatten(0, 1)", "logits.view(-1, V)", "take the sizes from the tensor"),
+        ("x = block(x, rotation)", "x = block(x, *rotation)", "without a star"),
+        ("x = block(x, rotation)", "x = block(idx, rotation)", "vectors, not ids"),
         ("logits.flatten(0, 1), targets.flatten()", "targets.flatten(), logits.flatten(0, 1)",
          "logits first, then the targets")],
     7: [("    optimizer.zero_grad()\n", "", "add up"), ("    loss.backward()\n", "", "no gradient"),
@@ -310,7 +344,16 @@ WRONG = {
          "    optimizer.step()\n", "    _, loss = model(x, y)\n    optimizer.zero_grad()\n"
          "    loss.backward()\n    optimizer.step()\n    _, loss = model(x, y)\n",
          "BEFORE the step"),
-        ("return loss.item()", "return model(x, y)[1].item()", "BEFORE the step")],
+        ("return loss.item()", "return model(x, y)[1].item()", "BEFORE the step"),
+        ("    optimizer.zero_grad()\n    _, loss = model(x, y)\n    loss.backward()\n"
+         "    optimizer.step()\n", "    _, loss = model(x, y)\n    loss.backward()\n"
+         "    optimizer.step()\n    optimizer.zero_grad()\n", "must come BEFORE backward()"),
+        ("loss.backward()", "optimizer.backward()", "belongs to the loss"),
+        ("loss.backward()", "model.backward()", "belongs to the loss"),
+        ("    _, loss = model(x, y)", "    with torch.no_grad():\n        _, loss = model(x, y)",
+         "not inside torch.no_grad()"),
+        ("    optimizer.step()\n", "    optimizer.step()\n    optimizer.step()\n", "moved twice"),
+        ("    loss.backward()\n", "    loss.backward()\n    loss.backward()\n", "once")],
     8: [("return kept / kept.sum()", "return kept", "must sum to 1"),
         ("return kept / kept.sum()", "return kept / p", "not by p"),
         ("return kept / kept.sum()", "return kept.softmax(0)", "divide by the sum"),
@@ -321,7 +364,17 @@ WRONG = {
         ("values, order = torch.sort", "values = torch.sort", "two things"),
         ("cumsum(dim=0)", "cumsum()", "needs the dimension"),
         ("values.masked_fill(likelier >= p, 0.0)", "values[likelier < p]", "ALL V values"),
-        ("return kept / kept.sum()", "return kept, order", "one tensor")],
+        ("return kept / kept.sum()", "return kept, order", "one tensor"),
+        ("likelier >= p", "likelier > p", "exactly p"),
+        ("    kept = torch.zeros_like(probs).scatter(0, order, values)\n",
+         "    probs[order[likelier >= p]] = 0\n    kept = probs\n", "changes probs itself"),
+        ("return kept / kept.sum()", "return kept.masked_fill(kept == 0, -math.inf).softmax(0)",
+         "no softmax"),
+        ("scatter(0, order", "scatter(order", "scatter needs the dimension"),
+        ("torch.zeros_like(probs).scatter(0, order, values)", "probs.masked_fill(likelier >= p, 0)",
+         "known for the SORTED values"),
+        ("values, order = torch.sort(probs, descending=True)",
+         "values, order = probs, torch.arange(len(probs))", "sort first")],
     9: [("idx[:, -block_size:]", "idx", "cut the context"),
         ("idx[:, -block_size:]", "idx[:, :block_size]", "LAST block_size"),
         ("idx[:, -block_size:]", "idx[:, -1:]", "not fewer"),
@@ -338,7 +391,17 @@ WRONG = {
         ("idx = torch.cat", "torch.cat", "is lost"),
         ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1)", "must be (B, 1)"),
         ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1, keepdim=True)",
-         "multinomial")],
+         "multinomial"),
+        ("range(n)", "range(n - idx.size(1))", "n NEW tokens"),
+        ("    for _ in range(n):\n", "    for _ in range(1):\n", "after the loop"),
+        (GENERATE_BODY, "    logits, _ = model(idx[:, -block_size:])\n"
+         "    probs = logits[:, -1].softmax(dim=-1)\n"
+         "    return torch.cat((idx, torch.multinomial(probs, n, replacement=True)), dim=1)\n",
+         "run the model again"),
+        (GENERATE_BODY, "    new = []\n    for _ in range(n):\n"
+         "        logits, _ = model(idx[:, -block_size:])\n"
+         "        new.append(torch.multinomial(logits[:, -1].softmax(dim=-1), 1))\n"
+         "    return torch.cat((idx, *new), dim=1)\n", "never reads the tokens")],
     10: [("dim=2", "dim=1", "dim=2"), ("[layer]", "[0]", "each layer has its own"),
          ("torch.cat((self.keys[layer], k)", "torch.cat((k, self.keys[layer])", "at the END"),
          ("if self.keys[layer] is not None", "if self.keys[layer]", "no condition"),
@@ -351,7 +414,15 @@ WRONG = {
          ("        return k, v", "        self.length += k.size(2)\n        return k, v",
           "leave self.length"),
          ("v = torch.cat((self.values[layer], v)", "v = torch.cat((self.keys[layer], v)",
-          "the values are wrong")],
+          "the values are wrong"),
+         ("if self.keys[layer] is not None", "if self.length > 0", "counted elsewhere"),
+         ("        self.keys[layer], self.values[layer] = k, v\n",
+          "        self.keys.append(k)\n        self.values.append(v)\n", "not self.keys.append"),
+         ("        return k, v", "        self.keys.append(k)\n"
+          "        return torch.cat(self.keys, 2), v", "not self.keys.append"),
+         ("        if self.keys", "        self.keys[layer] += k\n        if self.keys",
+          "+= adds numbers"),
+         ("torch.cat(", "torch.stack(", "makes a new dimension")],
 }
 
 
@@ -360,7 +431,7 @@ def space():
     """The notebook's names after the set-up and the helper cell."""
     import matplotlib
     matplotlib.use("Agg")
-    names, folder = {"__name__": "notebook"}, os.getcwd()
+    names, folder = {"__name__": "notebook", "V": 62}, os.getcwd()
     os.chdir(ROOT)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -380,19 +451,25 @@ def space():
     return names
 
 
-def checker_and_name(number):
-    """The checker of an exercise, and the name of what the student writes."""
-    return re.search(r"run_checker\((\w+), (\w+)\)", EXERCISES[number][0]).groups()
+def answers_of(number):
+    """[(what the student writes, its checker, its solution)] of an exercise."""
+    found = re.findall(r"(?m)^(\w+) = choose\((\w+), \1, (\w+)\)", EXERCISES[number][1])
+    assert found
+    return found
 
 
 def verdict(space, number, source):
     """What the student sees after the cell with this answer."""
-    _, name = checker_and_name(number)
-    answer = re.sub(r"\b[Ss]olution\w*", name, source.split("\n\n" + name + " = choose")[0])
-    call = EXERCISES[number][0].splitlines()[-1]
+    answer = source.split(" = choose")[0].rpartition("\n")[0]
+    for name, _, solution in answers_of(number):
+        answer = re.sub(rf"\b{solution}\b", name, answer)
+    calls = [line for line in EXERCISES[number][0].splitlines() if line.startswith("print(")]
+    cell = "\n".join([answer, *calls])
+    # as in Jupyter: a file of its own, whose lines can be shown beside an error
+    linecache.cache["answer"] = len(cell), None, cell.splitlines(True), "answer"
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(f"{answer}\n{call}", dict(space))
+        exec(compile(cell, "answer", "exec"), dict(space))
     return printed.getvalue()
 
 
@@ -403,10 +480,11 @@ def test_exercise(space, number):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(stub, dict(space))
-    assert "open" in printed.getvalue()
-    assert verdict(space, number, solution).strip().endswith("right")
-    checker, name = checker_and_name(number)
-    assert space["run_checker"](space[checker], space[name]) == "right"
+    answers = answers_of(number)
+    assert printed.getvalue().count("open") == len(answers)
+    assert verdict(space, number, solution).count("right\n") == len(answers)
+    for name, checker, _ in answers:
+        assert space["run_checker"](space[checker], space[name]) == "right"
 
 
 @pytest.mark.parametrize("number, old, new, hint", [
@@ -416,7 +494,8 @@ def test_wrong_answer_gets_its_hint(space, number, old, new, hint):
     solution = EXERCISES[number][1]
     assert old in solution
     said = verdict(space, number, solution.replace(old, new))
-    assert "right\n" not in said and "open" not in said and hint in said, said
+    wrong = said.count("right\n") < len(answers_of(number))
+    assert wrong and "open" not in said and hint in said, said
 
 
 def test_a_right_answer_is_used(space, capsys):
