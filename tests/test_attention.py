@@ -110,7 +110,7 @@ def test_qk_norm_gives_queries_and_keys_mean_0_and_variance_1(make_model, attent
 # -------------------------------------------------------------------------------- rotary positions
 def test_rotation_is_a_product_of_complex_numbers():
     """Channels i and i + hs/2 are one complex number; its speed is 10000 ** (-2 i / hs)."""
-    x, positions = normal(2, 5, 8), torch.tensor([0, 1, 2, 7, 40])
+    x, positions = normal(2, 5, 8), torch.tensor([0, 1, 2, 7, 301])
     cos, sin = rotary_angles(positions, 8, torch.float64)
     speeds = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
     angles = positions[:, None] * speeds

@@ -16,6 +16,19 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or sys.plat
                                 reason="needs torch.distributed with gloo, and signals")
 RUN = dict(data="text.txt", device="cpu", precision="fp32", init_from="start.pt",
            gradient_accumulation_steps=2, max_iters=6, eval_interval=3)
+SIGNAL_TO_ONE = f"""
+import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import gpt
+
+real = gpt.training_step
+def step_with_signal(step, *args):
+    if step == 3 and gpt.RANK == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(step, *args)
+gpt.training_step = step_with_signal
+sys.exit(gpt.main())
+"""
 
 @pytest.fixture(autouse=True)
 def start(folder, no_picture):
@@ -27,14 +40,14 @@ def start(folder, no_picture):
         torch.nn.init.normal_(parameter, std=0.1)
     gpt.save_checkpoint("start.pt", model, tokenizer)
 
-def torchrun(until=None, **flags):
+def torchrun(script=ROOT / "gpt.py", until=None, **flags):
     """Train with two processes, up to SIGTERM when the file `until` exists.
 
     Returns the exit code and stdout. Whatever happens, no process is left.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         ROOT / "gpt.py", "--train", *as_flags(flags)],
+         script, "--train", *as_flags(flags)],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 100
@@ -87,3 +100,10 @@ def test_sigterm_to_torchrun_saves_the_run():
     code, _ = torchrun(ckpt="run.pt", resume=True, max_iters=done + 2)
     assert code == 0
     assert stored()["iteration"] == done + 2
+
+def test_if_one_process_has_to_stop_all_do():
+    Path("program.py").write_text(SIGNAL_TO_ONE)
+    code, out = torchrun("program.py", **RUN, batch_size=2, ckpt="run.pt")
+    assert code != 0
+    assert "Stopped after 4 steps" in out
+    assert stored()["iteration"] == 4
