@@ -85,13 +85,22 @@ def change_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
     save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
 
+def change_config(folder, **changes):
+    """Rewrite config.json. A value of None removes an option."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    config = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
 def test_openais_own_layout(saved):
-    """Names without the prefix "transformer.", and masks among the weights."""
-    before = import_gpt2(saved).state_dict()
+    """Names without the prefix "transformer.", masks among the weights, a shorter config.json."""
+    before = import_gpt2(saved)
     mask = {"h.0.attn.bias": torch.ones(1, 1, 16, 16).tril()}
     change_weights(saved, lambda weights: mask | {
         name.removeprefix("transformer."): tensor for name, tensor in weights.items()})
-    torch.testing.assert_close(import_gpt2(saved).state_dict(), before, rtol=0, atol=0)
+    change_config(saved, tie_word_embeddings=None)
+    after = import_gpt2(saved)
+    assert after.config == before.config
+    torch.testing.assert_close(after.state_dict(), before.state_dict(), rtol=0, atol=0)
 
 def test_a_name_is_downloaded(saved, monkeypatch):
     """From OpenAI's repositories on the hub, and only the files that are needed."""
@@ -114,13 +123,20 @@ def test_missing_weights_are_named(saved):
         import_gpt2(saved)
 
 @pytest.mark.parametrize("change", [
-    {"activation_function": "gelu"}, {"layer_norm_epsilon": 1e-3}, {"model_type": "llama"}],
+    {"activation_function": "gelu"}, {"layer_norm_epsilon": 1e-3}, {"scale_attn_weights": False},
+    {"scale_attn_by_inverse_layer_idx": True}, {"model_type": "llama"}, {"vocab_size": 100}],
     ids=str)
 def test_another_architecture_is_refused(saved, change):
     """It would load, and compute something else."""
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(config | change))
+    change_config(saved, **change)
     with pytest.raises(gpt.UserError, match=f"{list(change)[0]} is"):
+        import_gpt2(saved)
+
+@pytest.mark.parametrize("name, content", [
+    ("vocab.json", '{"a": 0, "b": 1}'), ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}')])
+def test_another_vocabulary_is_refused(saved, name, content):
+    (saved / name).write_text(content)
+    with pytest.raises(gpt.UserError, match=f"vocabulary in {name} is not GPT-2's"):
         import_gpt2(saved)
 
 
@@ -203,7 +219,7 @@ def test_a_gpt2_goes_out_with_its_tokenizer_and_comes_back(make_model, export, b
 
 def test_any_alphabet(make_model, export):
     """Line ends, tabs, accents that combine, letters of four bytes, and look-alikes of tokens."""
-    text = "\r\n\t \x00\u2028e\u0301é\U0001f600\u3000\u200d#\u0120\u2581<unk>[]\\\"'."
+    text = "\r\n\t \x00\u2028e\u0301é\U0001f600\u3000\u200d#\u0120\u2581a<unk>[]\\\"'."
     tokenizer = alphabet(text)
     _, theirs = export(make_model(vocab_size=tokenizer.vocab_size), tokenizer)
     assert_equal_tokens(tokenizer, theirs, text, text[::-1], "\r\n\r\n", "  \t ", "e\u0301")
