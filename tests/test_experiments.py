@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -83,3 +84,13 @@ def test_grouped_queries_generate_the_same_with_and_without_the_cache(changed):
     for length in range(2, 10):
         assert model(ids[:, :length])[0][0, -1].argmax() == ids[0, length]
     assert module.KVCache(model, 1).keys.size(2) == 1  # half of the heads
+
+def test_the_change_for_weights_and_biases(changed, monkeypatch):
+    """With the four lines of the training guide each evaluation is logged (to a stand-in here)."""
+    wandb = types.SimpleNamespace(init=lambda **options: logged.append(options["name"]),
+                                  log=lambda row, step: logged.append((row["iteration"], step)))
+    logged = []
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    guide = (ROOT / "notes/training_guide.md").read_text(encoding="utf-8")
+    changed(re.search(r"```diff\n(.*?)```", guide, re.DOTALL)[1]).train(**RUN)
+    assert logged == ["run", (0, 0), (3, 3), (6, 6)]
