@@ -405,8 +405,8 @@ def say(text):
             tqdm.write(text)
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then a step that is equally long in all directions: a raw gradient has a few strong
-    ones (kellerjordan.github.io/posts/muon). Like AdamW it turns gradients into steps: skip it."""
+    """Turns gradients into steps, as AdamW does: you can skip it. Momentum, then a step of the same
+    length in all directions; gradients favour a few (kellerjordan.github.io/posts/muon)."""
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
@@ -429,7 +429,7 @@ def orthogonalize(x):
     return x
 
 def make_optimizers(model, config):
-    """Return the optimizers: AdamW, plus Muon for the weight matrices of the blocks."""
+    """AdamW (step: running mean of the gradient / its running size); Muon for blocks' matrices."""
     muon = [p for p in model.blocks.parameters() if p.dim() == 2 and config.optimizer == "muon"]
     rest = [p for p in model.parameters() if p not in set(muon)]  # embeddings, lm_head, norms
     # Weight decay pulls matrices towards 0, against overfitting. Norms belong near 1.
