@@ -130,8 +130,8 @@ class Head(nn.Module):
         S is T, or more while generating, when earlier keys and values are kept in a cache."""
         T, hs = q.shape[-2:]
         S = k.size(-2)
-        # A score is a sum of hs products: if q and k have variance 1, it has variance hs; divided
-        # by sqrt(hs), 1. Scores far apart give one position all the weight: no gradient passes.
+        # A score is a sum of hs products. If q and k have variance 1, its variance is hs, and 1
+        # after the division. Scores far apart give one position all the weight: no gradient passes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
         # The mask hides later positions: they hold the answer. A model that sees them learns to
         # copy it, and has nothing to copy when it generates. (Row i is position S - T + i.)
@@ -186,7 +186,7 @@ class MultiHeadAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
         elif fused and T == 1:  # one new token may look at all in the cache: no mask
             out = F.scaled_dot_product_attention(q, k, v)
-        else:
+        else:  # asked for, or new tokens (a prompt) after some in the cache
             out, weights = self.head(q, k, v)  # (B, nh, T, hs), (B, nh, T, S)
             if maps is not None:
                 maps.append(weights)
@@ -240,8 +240,8 @@ class GPTLanguageModel(nn.Module):
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_weights:
             self.lm_head.weight = self.token_embedding.weight
-        # Output layers start at zero (tied: small): blocks add nothing, all tokens equally likely.
-        # They still train: lm_head gets a gradient first, then proj, down and embeddings, then all.
+        # Output layers start at zero (lm_head: small if tied): blocks add nothing, and the first
+        # loss is ln(V). They still train: first lm_head, then proj, down, embeddings, then all.
         for name, parameter in self.named_parameters():
             if name.endswith("embedding.weight"):
                 nn.init.normal_(parameter, std=1 / C if config.tie_weights else 0.02)
@@ -356,7 +356,7 @@ def generate_tokens(model, tokens, config):
         unread = torch.multinomial(probs, num_samples=1, generator=rng)  # draw a token: (B, 1)
         tokens = torch.cat((tokens, unread), dim=1)[:, -block_size:]
         yield unread
-        if cache.length == block_size:  # full: begin anew with the last half, from position 0
+        if cache.length == block_size:  # full: start again with the last half, at position 0
             cache.length = 0
             unread = tokens[:, -max(1, block_size // 2) :]
 
@@ -399,7 +399,7 @@ WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1 
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # the number of this one: 0 prints and saves
 
 def say(text):
-    """Print a line above the progress bar, from the first process only."""
+    """Print above the progress bar. Of several processes (torchrun) only the first one prints."""
     if RANK == 0:
         with suppress(OSError):  # the terminal may be closed: the run goes on without it
             tqdm.write(text)
@@ -596,7 +596,7 @@ def train(**flags):
     for part, state in zip([*optimizers, scaler], saved.get("states", []), strict=False):
         if state and part.state_dict():  # a scaler that is not in use has no state
             part.load_state_dict(state)
-    if WORLD > 1:  # after the optimizers: made before them, the group can crash Python at its exit
+    if WORLD > 1:  # this comes after the optimizers: before them it can crash Python at its exit
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     network = torch.compile(model) if config.compile else model  # the same weights, for training
     tokens = config.block_size * config.batch_size * config.gradient_accumulation_steps * WORLD
