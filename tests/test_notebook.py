@@ -179,6 +179,9 @@ MODEL_BODY = """        x = self.token_embedding(idx)  # (B, T) -> (B, T, C)
 GENERATE_BODY = EXERCISES[9][1].split("block_size):\n", 1)[1].split("\n\n")[0] + "\n"
 SPLIT = """    qkv = qkv.view(B, T, 3, nh, C3 // 3 // nh)  # (B, T, 3C) -> (B, T, 3, nh, hs)
     return qkv.permute(2, 0, 3, 1, 4)  # -> (3, B, nh, T, hs)"""
+TOP_P_END = """    values = values.masked_fill(likelier >= p, 0.0)
+    kept = torch.zeros_like(probs).scatter(0, order, values)
+    return kept / kept.sum()"""
 # For each exercise: what to change in the solution, and a part of the hint that must come.
 WRONG = {
     1: [("keys > queries", "keys >= queries", "must see itself"),
@@ -193,6 +196,9 @@ WRONG = {
         ("        scores = scores.masked_fill(causal_mask(T, T).to(x.device), float(\"-inf\"))\n",
          "", "mask is missing"),
         ("math.sqrt(hs)", "math.sqrt(x.size(-1))", "root of C"),
+        (" / math.sqrt(hs)", " * math.sqrt(hs)", "do not multiply"),
+        ("return weights @ v", "return weights.transpose(-2, -1) @ v",
+         "do not transpose the weights"),
         ("F.softmax(scores, dim=-1)", "F.softmax(scores * math.sqrt(hs), dim=-1) / math.sqrt(hs)",
          "divide the scores BEFORE the softmax"),
         ("return weights @ v", "return weights * v", "with a matrix product"),
@@ -262,8 +268,16 @@ WRONG = {
          "one half only"),
         ("torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)",
          "a * cos - b * sin, a * sin + b * cos", "into one tensor"),
+        ("torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)",
+         "torch.complex(a, b) * torch.complex(cos, sin)", "real and imaginary part"),
         ("b * cos), dim=-1)", "b * cos), dim=-2)", "along the channels")],
     5: [("x = x + collected", "x = collected", "first residual connection"),
+        (BLOCK_BODY, BLOCK_BODY.replace("ln_1", "ln").replace("ln_2", "ln_1").replace(
+            "ln(", "ln_2("), "ln_1 and ln_2 are exchanged"),
+        ("x = x + collected", "x = x * collected", "ADD what attention returns"),
+        ("return x + computed", "return x * computed", "ADD what feed_forward returns"),
+        (BLOCK_BODY, BLOCK_BODY.replace("x + co", "x * co"), "do not multiply"),
+        ("return x + computed", "return computed + computed", "not feed_forward to itself"),
         ("return x + computed", "return computed", "second residual connection"),
         ("self.ln_2(x)", "self.ln_1(x)", "its own LayerNorm"),
         ("self.ln_2(x)", "x", "ln_2 is missing"),
@@ -288,6 +302,13 @@ WRONG = {
         (BLOCK_BODY, "        x = self.ln_1(x + self.attention(x, rotation))\n"
          "        return self.ln_2(x + self.feed_forward(x))\n", "post-norm")],
     6: [("x = block(x, rotation)", "x = block(x)", "rotation to every block"),
+        ("logits.flatten(0, 1), targets.flatten()",
+         "logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()", "targets are shifted already"),
+        ("targets.flatten()", "idx.flatten()", "with targets, not with idx"),
+        ("logits.flatten(0, 1), targets.flatten()",
+         "logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten()", "in targets, not in idx"),
+        ("logits.flatten(0, 1), targets.flatten()", "logits[:, -1], targets[:, -1]",
+         "not only the last one"),
         ("x = block(x, rotation)", "block(x, rotation)", "is lost"),
         ("self.lm_head(self.ln_f(x))", "self.lm_head(x)", "ln_f"),
         ("self.ln_f(x))", "self.ln_f(x)).softmax(dim=-1)", "without a softmax"),
@@ -334,6 +355,9 @@ WRONG = {
         ("_, loss = model", "loss = model", "two things"),
         ("_, loss = model", "loss, _ = model", "SECOND thing"),
         ("model(x, y)", "model(x)", "the targets too"),
+        ("model(x, y)", "model(y, x)", "then the targets y"),
+        ("model(x, y)", "model(x, x)", "then the targets y"),
+        ("optimizer.step()", "optimizer.step(loss)", "step() takes no loss"),
         ("    optimizer.zero_grad()\n    _, loss = model(x, y)\n    loss.backward()\n",
          "    _, loss = model(x, y)\n    loss.backward()\n    optimizer.zero_grad()\n",
          "before it, not after"),
@@ -360,6 +384,16 @@ WRONG = {
         ("values.cumsum(dim=0) - values", "values.cumsum(dim=0)", "crosses p stays"),
         ("torch.zeros_like(probs).scatter(0, order, values)", "values", "order of the vocabulary"),
         ("torch.zeros_like(probs).scatter(0, order, values)", "values[order]", "once more"),
+        ("values = values.masked_fill(likelier >= p, 0.0)",
+         "values = values * (values.cumsum(dim=0) >= p)", "not those from there"),
+        (TOP_P_END, "    values = values * (values.cumsum(dim=0) >= p)\n"
+         "    return torch.zeros_like(probs).scatter(0, order, values)", "BEFORE the sum reaches p"),
+        ("return kept / kept.sum()", "return (kept > 0).float()", "not the tokens' probabilities"),
+        ("kept = torch.zeros_like(probs).scatter(0, order, values)",
+         "kept = torch.zeros_like(probs).scatter(0, order, (values > 0).float())",
+         "its own probability"),
+        ("likelier >= p", "torch.arange(len(probs)) >= int(p * len(probs))",
+         "not a share of the vocabulary"),
         (", descending=True", "", "from the largest"), (">= p", "< p", "upside down"),
         ("values, order = torch.sort", "values = torch.sort", "two things"),
         ("cumsum(dim=0)", "cumsum()", "needs the dimension"),
@@ -393,6 +427,9 @@ WRONG = {
         ("torch.multinomial(probs, num_samples=1)", "probs.argmax(dim=-1, keepdim=True)",
          "multinomial"),
         ("range(n)", "range(n - idx.size(1))", "n NEW tokens"),
+        ("    return idx", "    return idx[:, -n:]", "the new tokens only"),
+        ("logits[:, -1].softmax", "(logits[:, -1] / 0.5).softmax", "the model's own probabilities"),
+        (".softmax(dim=-1)", ".softmax(dim=-1).softmax(dim=-1)", "one softmax"),
         ("    for _ in range(n):\n", "    for _ in range(1):\n", "after the loop"),
         (GENERATE_BODY, "    logits, _ = model(idx[:, -block_size:])\n"
          "    probs = logits[:, -1].softmax(dim=-1)\n"
