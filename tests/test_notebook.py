@@ -387,7 +387,7 @@ WRONG = {
         ("values = values.masked_fill(likelier >= p, 0.0)",
          "values = values * (values.cumsum(dim=0) >= p)", "not those from there"),
         (TOP_P_END, "    values = values * (values.cumsum(dim=0) >= p)\n"
-         "    return torch.zeros_like(probs).scatter(0, order, values)", "BEFORE the sum reaches p"),
+         "    return torch.zeros_like(probs).scatter(0, order, values)", "BEFORE the sum reaches"),
         ("return kept / kept.sum()", "return (kept > 0).float()", "not the tokens' probabilities"),
         ("kept = torch.zeros_like(probs).scatter(0, order, values)",
          "kept = torch.zeros_like(probs).scatter(0, order, (values > 0).float())",
