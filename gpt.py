@@ -370,14 +370,14 @@ PRESETS = {  # what differs from the defaults; README.md says how long each take
     "lecture": LARGER | dict(n_head=6, n_embd=384, dropout=0.2, bias=True, positions="learned",
                              activation="relu", qk_norm=False, batch_size=64, max_iters=5000,
                              optimizer="adamw", learning_rate=3e-4, schedule="constant")}
-PRESETS["auto"] = PRESETS["gpu" if torch.accelerator.is_available() else "cpu"]
+PRESETS["auto"] = PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
 
 @dataclass
 class TrainConfig(GPTConfig):
     """The architecture and how to train it. The defaults are the preset cpu."""
     data: str = option("", "text file (UTF-8) or 'shakespeare'; if empty, input.txt next to gpt.py")
     ckpt: str = option("gpt_checkpoint.pt", "where to save the best model")
-    preset: str = option("auto", "size and recipe; auto: gpu if there is one, else cpu", *PRESETS)
+    preset: str = option("auto", "size and recipe; auto: gpu with CUDA, else cpu", *PRESETS)
     resume: bool = option(False, "continue the interrupted run of --ckpt")
     init_from: str = option("", "start from this checkpoint, to fine-tune it")
     tokenizer: str = option("char", "what a token is", "char", "gpt2")
