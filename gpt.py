@@ -342,7 +342,7 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.inference_mode()  # no gradients: nothing is kept for a backward pass
 def generate_tokens(model, tokens, config):
-    """Continue tokens (B, T): yield a new token for each sequence, (B, 1), again and again."""
+    """Continue tokens (B, T): yield a new token for each sequence, (B, 1). model.eval() first!"""
     rng = torch.Generator(tokens.device).manual_seed(config.seed or time.time_ns())
     cache = KVCache(model, len(tokens))
     block_size = model.config.block_size
