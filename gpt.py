@@ -126,10 +126,9 @@ class Head(nn.Module):
     position collects information from earlier ones and itself. A query says what it looks for, a
     key what a position offers, a value what it hands over."""
     def forward(self, q, k, v):
-        """q (B, nh, T, hs), k, v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S).
-        S is T, or more while generating, when earlier keys and values are kept in a cache."""
+        """q (B, nh, T, hs), k, v (B, nh, S, hs) -> output (B, nh, T, hs), weights (B, nh, T, S)."""
         T, hs = q.shape[-2:]
-        S = k.size(-2)
+        S = k.size(-2)  # T, or more while generating, when earlier keys and values are in a cache
         # A score is a sum of hs products. If q and k have variance 1, its variance is hs, and 1
         # after the division. Scores far apart give one position all the weight: no gradient passes.
         scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (T, hs) @ (hs, S) -> (T, S)
@@ -572,6 +571,7 @@ def train(**flags):
     """Train as the options say. Returns the best model and its tokenizer. Two files: --ckpt has
     the model with the lowest validation loss, NAME.resume.pt the latest one and its optimizers."""
     ckpt = Path(flags.get("ckpt", TrainConfig.ckpt)).expanduser()
+    check(ckpt.suffix == ".pt", f"--ckpt {ckpt} must end in .pt.")  # .csv and .png are the logs
     latest = ckpt.with_suffix(".resume.pt")
     start = latest if flags.get("resume") else flags.get("init_from")
     old_model, tokenizer, saved = load_checkpoint(start) if start else (None, None, {})

@@ -230,7 +230,8 @@ def test_every_preset_names_options_that_exist(preset):
     (dict(block_size=300), "too short"), (dict(data="none.txt"), "none"),
     (dict(n_embd=18, n_head=6), "--n_embd"), (dict(resume=True), "run.resume.pt"),
     (dict(init_from="gpt2"), "python notes/gpt2.py import gpt2 gpt2.pt"),
-    (dict(device="tpu"), "--device tpu is not available")])
+    (dict(device="tpu"), "--device tpu is not available"),
+    (dict(ckpt="run.csv"), "must end in .pt")])
 def test_a_mistake_gets_one_message_and_leaves_no_file(folder, capsys, flags, words):
     before = set(folder.iterdir())
     assert command(**flags) == 2
