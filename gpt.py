@@ -361,14 +361,14 @@ def generate_tokens(model, tokens, config):
 
 
 # ------------------------------------------------------------------------------------ 5. training
-LARGER = dict(n_layer=6, block_size=256, batch_size=16, max_iters=3400)
 PRESETS = {  # what differs from the defaults; README.md says how long each takes, to which loss
     "cpu": dict(),
-    "laptop": LARGER | dict(n_embd=256, dropout=0.1, weight_decay=2.0),  # less memorising
-    "gpu": LARGER | dict(n_head=6, n_embd=384, dropout=0.1, weight_decay=2.0),
-    "lecture": LARGER | dict(n_head=6, n_embd=384, dropout=0.2, bias=True, positions="learned",
-                             activation="relu", qk_norm=False, batch_size=64, max_iters=5000,
-                             optimizer="adamw", learning_rate=3e-4, schedule="constant")}
+    "laptop": dict(n_layer=6, n_embd=256, block_size=1024, batch_size=4, max_iters=5200,
+                   learning_rate=1e-3, weight_decay=6.0, dropout=0.1),  # less memorising
+    "lecture": dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
+                    bias=True, positions="learned", activation="relu", qk_norm=False,
+                    max_iters=5000, optimizer="adamw", learning_rate=3e-4, schedule="constant")}
+PRESETS["gpu"] = PRESETS["laptop"] | dict(n_head=6, n_embd=384)
 PRESETS["auto"] = PRESETS["gpu" if torch.cuda.is_available() else "cpu"]
 
 @dataclass
