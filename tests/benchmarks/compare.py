@@ -141,7 +141,7 @@ def base(args):
 
 
 # --------------------------------------------------------------------------- tokens per second
-def training_speed(side, nanogpt, dropout, precision):
+def training_speed(side, nanogpt, dropout, precision, sequences):
     """Tokens per second. 'same': nanoGPT's model built from our parts, AdamW. 'ours': our
     architecture, AdamW. 'ours, Muon': what the presets train."""
     if side == "nanogpt":
@@ -154,7 +154,7 @@ def training_speed(side, nanogpt, dropout, precision):
         optimizers = gpt.make_optimizers(model, config)
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
             group["lr"] = 1e-3
-    x, y = torch.randint(65, (2, 16, 256))
+    x, y = torch.randint(65, (2, sequences, 256))
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
@@ -168,7 +168,7 @@ def training(args):
     precision = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.precision]
     for dropout in (0.0, 0.2):
         print(f"training, {args.precision}, dropout {dropout}: tokens per second")
-        options = (args.nanogpt, dropout, precision)
+        options = (args.nanogpt, dropout, precision, args.sequences)
         speeds = in_turn(args.rounds, training_speed, sides, *options)
         print_ratios(speeds, [(side, "nanogpt") for side in sides[1:]])
 
@@ -306,6 +306,7 @@ def main():
     parser.add_argument("--text", help="the tiny Shakespeare file")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of training")
+    parser.add_argument("--sequences", type=int, default=16, help="in a batch of training")
     args = parser.parse_args()
     print(f"gpt.py {commit(ROOT)}, PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     for name in ("nanogpt", "previous"):
